@@ -23,7 +23,7 @@ def _reproducible():
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Return each device of this run: the CPU, the emulated accelerator, and ``TORCH_DEVICE`` if it is set."""
+    """Return each device of this run: CPU, emulated accelerator, and ``TORCH_DEVICE`` if it is set."""
     if request.param == "emulated":
         try:
             return emulated_device()
