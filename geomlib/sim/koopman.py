@@ -3,7 +3,8 @@
 The state of a deep equilibrium model is advanced by `s -> F(s)`; the Koopman operator `(K g)(s) = g(F(s))`
 acts on functions of the state and is linear. Konishi and Kawahara (arXiv:2207.07475) write the limit of
 the model with the part of the spectrum that does not decay; the tools below compute that part. Those that
-fit an operator to data are in `edmd` (Koopman) and `transfer` (Perron-Frobenius), and are exported here.
+fit an operator to data are in `edmd` (Koopman) and `transfer` (Perron-Frobenius), those that linearise at
+a point in `jacobian`; all are exported here.
 
 Everything is analysis, done in float64 or complex128 on the CPU whatever came in; `affine_limit` alone
 follows the device and dtype of its input, because it is differentiable.
@@ -11,15 +12,14 @@ follows the device and dtype of its input, because it is differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor
 
-from geomlib.sim.edmd import EDMD, InputEDMD, edmd, edmd_with_input, spectral_order
+from geomlib.sim.edmd import EDMD, InputEDMD, edmd, edmd_with_input
+from geomlib.sim.jacobian import jacobian_spectrum
 from geomlib.sim.transfer import Ulam, circle_embedding_norm, embedding_norm, ulam
 
 __all__ = [
@@ -276,79 +276,3 @@ def generalised_laplace_average(values: Tensor, eigenvalue: complex) -> Tensor:
         weights = torch.from_numpy(np.power(factor.real if real else factor, -time.numpy()))
         orbit = orbit * weights
     return orbit.cumsum(0) / (time + 1)
-
-
-def jacobian_spectrum(
-    f: Callable[..., Tensor], state: Tensor, *params: Tensor, leading: int | None = None
-) -> Tensor:
-    """Eigenvalues of `df/dz` at each sample: near an equilibrium, its principal Koopman eigenvalues.
-
-    Parameters
-    ----------
-    f : callable
-        `f(z, *params) -> z'`, batch first, samples independent of each other.
-    state : Tensor
-        `(batch, ...)`.
-    *params : Tensor
-        Passed through to `f`.
-    leading : int, optional
-        Only this many eigenvalues of largest modulus, by Arnoldi iteration on vector-Jacobian products:
-        for states too large for a dense Jacobian. All of them if omitted.
-
-    Returns
-    -------
-    Tensor
-        `(batch, n)` complex128, by decreasing modulus, then by angle.
-
-    Raises
-    ------
-    ValueError
-        If the batch is empty or `leading` is not in `1 .. n - 2`.
-
-    Notes
-    -----
-    Source: linearisation at a fixed point (arXiv:2207.07475 states the limit by these eigenvalues; the
-    choice of algorithm is reconstructed). A matrix and its transpose share their spectrum, so
-    vector-Jacobian products are enough.
-
-    Examples
-    --------
-    >>> jacobian_spectrum(lambda z: 0.5 * z, torch.zeros(1, 2)).real.tolist()
-    [[0.5, 0.5]]
-    """
-    if state.ndim < 2 or len(state) == 0:
-        raise ValueError(
-            f"state must be (batch, ...) and not empty, got shape {tuple(state.shape)}: no Jacobian"
-        )
-    size = state[0].numel()
-    if leading is not None and not 1 <= leading <= size - 2:
-        raise ValueError(f"leading must lie in [1, {size - 2}], got {leading}: Arnoldi needs room to iterate")
-    with torch.enable_grad():
-        z = state.detach().requires_grad_()
-        image = f(z, *(p.detach() for p in params))
-
-    def pullback(v: Tensor) -> Tensor:
-        return torch.autograd.grad(image, z, v, retain_graph=True)[0]
-
-    if leading is None:
-        unit = torch.eye(size, dtype=z.dtype, device=z.device).reshape(size, 1, *z.shape[1:])
-        rows = torch.stack([pullback(row.expand_as(z)) for row in unit], 1)
-        spectrum = torch.linalg.eigvals(rows.reshape(len(z), size, size).cpu().double())
-    else:
-        spectrum = torch.stack([_arnoldi(pullback, z, i, leading) for i in range(len(z))])
-    return torch.stack([values[spectral_order(values)] for values in spectrum])
-
-
-def _arnoldi(pullback: Callable[[Tensor], Tensor], z: Tensor, sample: int, leading: int) -> Tensor:
-    """Eigenvalues of largest modulus of one sample's transposed Jacobian."""
-    size = z[0].numel()
-
-    def apply(v: np.ndarray) -> np.ndarray:
-        cotangent = torch.zeros_like(z)
-        cotangent[sample] = torch.from_numpy(v.reshape(z.shape[1:])).to(z)
-        return pullback(cotangent)[sample].flatten().cpu().double().numpy()
-
-    operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)
-    # A fixed start vector: the same input gives the same eigenvalues.
-    values = eigs(operator, k=leading, v0=np.ones(size), return_eigenvectors=False)
-    return torch.from_numpy(values.astype(np.complex128))
