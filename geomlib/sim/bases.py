@@ -101,8 +101,8 @@ class ConvBasis(nn.Module):
     Raises
     ------
     ValueError
-        If an image side is below 4 or a count is not positive; in `forward`, if the image does not fit, is
-        not floating point, or is a single 1x1 map that batch normalisation cannot use in training.
+        If an image side is below 4 or a count is not positive; in `forward`, if the image does not fit or is not
+        floating point.
 
     Notes
     -----

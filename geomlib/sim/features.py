@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 __all__ = ["RandomFourierFeatures", "median_bandwidth"]
 
@@ -124,7 +125,7 @@ class RandomFourierFeatures(nn.Module):
             raise ValueError(
                 f"y must have {self.in_features} features in its last dimension, got {tuple(y.shape)}"
             )
-        phase = y @ self.frequencies.mT
+        phase = linear(y, self.frequencies)
         return torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(self.out_features // 2)
 
     def gram(self, y: Tensor, other: Tensor) -> Tensor:

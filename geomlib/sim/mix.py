@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 __all__ = ["Mode", "SpectralMix"]
 
@@ -152,10 +153,10 @@ class SpectralMix(nn.Module):
         """
         self._check(y)
         left, right = self._bases()
-        coordinates = y @ right.mT.to(y.dtype)  # (..., rank)
+        coordinates = linear(y, right.to(y.dtype))  # (..., rank)
         if self.mode != "free":
             coordinates = self._evolve(coordinates, 1)
-        return coordinates @ left.mT.to(y.dtype)
+        return linear(coordinates, left.to(y.dtype))
 
     def power(self, y: Tensor, t: int) -> Tensor:
         """Apply `M` `t` times at the price of one: `U Theta^(t-1) V^T y`.
@@ -183,13 +184,13 @@ class SpectralMix(nn.Module):
         if t == 0:
             return y
         left, right = self._bases()
-        coordinates = y @ right.mT.to(y.dtype)
+        coordinates = linear(y, right.to(y.dtype))
         if self.mode == "free":
             power = torch.linalg.matrix_power(right @ left, int(t) - 1)
-            coordinates = coordinates @ power.mT.to(y.dtype)
+            coordinates = linear(coordinates, power.to(y.dtype))
         else:
             coordinates = self._evolve(coordinates, t)
-        return coordinates @ left.mT.to(y.dtype)
+        return linear(coordinates, left.to(y.dtype))
 
     def limit(self, y: Tensor, t: float = 0.0) -> Tensor:
         """Return the part of `y` that survives, with its rotating phases advanced by `t` steps.
@@ -216,8 +217,8 @@ class SpectralMix(nn.Module):
         if self.mode == "free":
             raise ValueError("limit needs an enforced spectrum, got mode 'free': no limit need exist")
         left, right = self._bases()
-        coordinates = y @ right.mT.to(y.dtype)
-        return self._evolve(coordinates, t, surviving=True) @ left.mT.to(y.dtype)
+        coordinates = linear(y, right.to(y.dtype))
+        return linear(self._evolve(coordinates, t, surviving=True), left.to(y.dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return `U` `(dim, r)` and `V^T` `(r, dim)` with `M = U V^T`; differentiable.
@@ -409,7 +410,9 @@ def rotate(pairs: Tensor, angle: Tensor | float, t: Tensor | float) -> Tensor:
     it would be off by 0.06 radians at `t = 1e6`.
     """
     precision = pairs.dtype if pairs.device.type == "mps" else torch.float64
-    phase = (pairs.new_zeros((), dtype=precision) + angle) * t
+    phase = (
+        angle.to(precision) if isinstance(angle, Tensor) else pairs.new_full((), angle, dtype=precision)
+    ) * t
     cos, sin = phase.cos().to(pairs.dtype), phase.sin().to(pairs.dtype)
     first, second = pairs.unbind(-1)
     return torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)
