@@ -101,8 +101,8 @@ class ConvBasis(nn.Module):
     Raises
     ------
     ValueError
-        If an image side is below 4 or a count is not positive; in `forward`, if the image does not fit or is not
-        floating point.
+        If an image side is below 4 or a count is not positive; in `forward`, if the image does not fit or is
+        not floating point.
 
     Notes
     -----
