@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geomlib.core.fixed_point import Anderson, ConvergenceWarning, Implicit, Solution, solve
+from geomlib.core.fixed_point import (
+    Adjoint,
+    Anderson,
+    ConvergenceWarning,
+    Implicit,
+    Solution,
+    Solver,
+    solve,
+)
 from geomlib.sim.bases import initialise_
 from geomlib.sim.jacobian import Stability, jacobian_penalty, stability
 
@@ -74,7 +82,7 @@ class _Equilibrium(nn.Module):
     readout: nn.Module
     W: nn.Parameter
 
-    def __init__(self, cell: str, tol: float, max_steps: int, solver: object, adjoint: object) -> None:
+    def __init__(self, cell: str, tol: float, max_steps: int, solver: Solver, adjoint: Adjoint) -> None:
         super().__init__()
         if cell not in _CELLS:
             raise ValueError(f"cell must be one of {sorted(_CELLS)}, got {cell!r}: no such nonlinearity")
@@ -142,7 +150,7 @@ class _Equilibrium(nn.Module):
                 throw=throw,
             )
         self.diagnostics = Diagnostics(solution.steps, solution.converged, solution.residual.detach())
-        if not self._warned and self.diagnostics.not_converged:
+        if not self._warned and solution.reason not in ("converged", "not evaluated"):
             self._warned = True
             warnings.warn(f"{type(self).__name__}: {self.diagnostics}", ConvergenceWarning, stacklevel=3)
         return solution
@@ -214,8 +222,8 @@ class DEQ(_Equilibrium):
         cell: Literal["tanh", "sin"] = "tanh",
         tol: float = 1e-4,
         max_steps: int = 60,
-        solver: object | None = None,
-        adjoint: object | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -277,16 +285,17 @@ class ConvDEQ(_Equilibrium):
         cell: Literal["tanh", "sin"] = "tanh",
         tol: float = 1e-4,
         max_steps: int = 60,
-        solver: object | None = None,
-        adjoint: object | None = None,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cell, tol, max_steps, solver or Anderson(), adjoint or Implicit())
         _positive(in_channels=in_channels, width=width, stride=stride)
+        where = torch.get_default_device() if device is None else device
         self.inject = nn.utils.skip_init(
-            nn.Conv2d, in_channels, width, 3, padding=1, stride=stride, device=device, dtype=dtype
+            nn.Conv2d, in_channels, width, 3, padding=1, stride=stride, device=where, dtype=dtype
         )
         initialise_(self.inject, generator)
         self.W = _normal((width, width, 3, 3), 0.5 / math.sqrt(9 * width), generator, device, dtype)
@@ -319,7 +328,8 @@ def dense(
 ) -> nn.Linear:
     """Make a linear layer with torch's default ranges, drawn from `generator` alone."""
     _positive(in_features=in_features, out_features=out_features)
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, device=device, dtype=dtype)
+    where = torch.get_default_device() if device is None else device
+    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, device=where, dtype=dtype)
     return initialise_(layer, generator)
 
 

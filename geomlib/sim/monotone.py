@@ -124,12 +124,13 @@ class MonDEQ(nn.Module):
             z, residual, steps, trace = peaceman_rachford(W, u, z0, tol=self.tol, max_steps=self.max_steps)
         converged = residual <= self.tol
         self.diagnostics = Diagnostics(steps, converged, residual)
-        if not self._warned and self.diagnostics.not_converged:
+        reason = "not evaluated"
+        if not z.is_meta:
+            reason = "converged" if bool(converged.all()) else "max_steps"
+        if not self._warned and reason == "max_steps":
             self._warned = True
             warnings.warn(f"MonDEQ: {self.diagnostics}", ConvergenceWarning, stacklevel=2)
-        value = _Attach.apply(W, u, z)
-        reason = "converged" if bool(converged.all()) else "max_steps"
-        return Solution(value, residual, None, steps, converged, reason, trace)
+        return Solution(_Attach.apply(W, u, z), residual, None, steps, converged, reason, trace)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(batch, in_features)` to `(batch, out_features)`."""
@@ -186,7 +187,7 @@ def peaceman_rachford(
         trace.append(residual)
         steps = torch.where((residual <= tol) & ~done, step, steps)
         done = done | (residual <= tol)
-        if bool((residual <= tol).all()):
+        if u.is_meta or bool((residual <= tol).all()):
             break
     return z, residual, steps, torch.stack(trace)
 

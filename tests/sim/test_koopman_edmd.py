@@ -40,7 +40,7 @@ def test_eigenvalues_of_products_are_products(polynomial):
 
 
 def test_the_projector_decodes_to_the_equilibrium(polynomial):
-    x, z, psi, fit = polynomial
+    x, _, psi, fit = polynomial
     limit = psi @ projector_at_one(fit.A, tol=1e-7).T
     assert (limit[:, [3, 6]] - polynomial_equilibrium(x)).abs().max() < 1e-10
 

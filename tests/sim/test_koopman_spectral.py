@@ -20,7 +20,7 @@ RHO = 0.9
 
 @pytest.fixture
 def affine(generator):
-    """An affine equilibrium model whose leading eigenvalue is `RHO` and real."""
+    """Draw an affine equilibrium model whose leading eigenvalue is `RHO` and real."""
     W = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     W = W + W.T + 0.3 * (W - W.T)  # mostly symmetric: the leading eigenvalue is real
     W = RHO * W / torch.linalg.eigvals(W).abs().max()
@@ -90,7 +90,7 @@ def test_left_vectors_at_one_are_blind_to_the_state(affine):
 
 @pytest.fixture
 def drifting(generator):
-    """A power-bounded `A = P + N` and orbits of `psi' = A psi + e` with `|e| = 1e-3` that may see `P` or not."""
+    """Draw a power-bounded `A = P + N`, its projector `P` and a direction for the closure error."""
     basis = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     spectrum = torch.tensor([1.0, 1.0, 0.8, 0.6, -0.5, 0.2], dtype=torch.float64)
     A = torch.linalg.solve(basis.T, (basis * spectrum).T).T
@@ -99,7 +99,7 @@ def drifting(generator):
 
 
 def deviation(A, error, steps):
-    """`|psi(F^t s) - A^t psi(s)|` for a constant closure error: the sum of `A^j error`."""
+    """Return `|psi(F^t s) - A^t psi(s)|` for a constant closure error: the norms of sums of `A^j error`."""
     total = torch.zeros_like(error)
     norms = []
     for _ in range(steps):
@@ -156,7 +156,7 @@ def test_a_matrix_that_is_not_square_raises():
 
 
 def test_affine_limit_refuses_a_repelling_map_and_misfits():
-    with pytest.raises(ValueError, match="spectral radius of W must be below 1, got 1.1"):
+    with pytest.raises(ValueError, match=r"spectral radius of W must be below 1, got 1\.1"):
         affine_limit(1.1 * torch.eye(2), torch.ones(2, 1), torch.ones(2))
     with pytest.raises(ValueError, match="must fit"):
         affine_limit(torch.eye(2), torch.ones(3, 1), torch.ones(2))

@@ -1,6 +1,7 @@
 """Laws of the Perron-Frobenius side: Ulam's chain and kernel embeddings of orbits."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_the_norm_is_an_order_parameter_of_the_bifurcation():
         for gain in expected
     ]
     assert norms == pytest.approx(list(expected.values()), abs=0.03)
-    assert all(later <= earlier + 1e-9 for earlier, later in zip(norms, norms[1:], strict=False))
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(norms))
 
 
 def test_same_seed_same_features(generator):
