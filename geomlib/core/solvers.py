@@ -1,0 +1,288 @@
+"""Fixed-point solvers: plain iteration, Anderson acceleration, Broyden's method.
+
+All work on a batch of independent samples with states flattened to ``(batch, n)`` and learn one model of the
+map per sample. Anderson acceleration is the variant with truncated Gram-Schmidt (Tang, Xu, He, Saad, Xi 2024,
+arXiv 2403.14961), Broyden's is the "good" update (Broyden 1965).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from geomlib.core.monitor import Monitor
+
+__all__ = ["Anderson", "Broyden", "Picard", "Solver"]
+
+Map = Callable[[Tensor], Tensor]
+
+# A restart is due when a sample's residual exceeds its best by this factor ...
+GROWTH = 2.0
+# ... and a sample is given up after this many evaluations that ran away or were not finite.
+PATIENCE = 3
+
+
+class Solver(Protocol):
+    """What :func:`geomlib.core.solve` asks of a solver: iterate until the monitor says stop."""
+
+    def run(self, f: Map, x: Tensor, monitor: Monitor) -> None:
+        """Iterate ``x <- ...`` on ``(batch, n)`` states, reporting each evaluation to ``monitor``."""
+
+
+@dataclass(frozen=True)
+class Picard:
+    """Plain iteration ``z <- (1 - damping) z + damping f(z)``.
+
+    Converges from anywhere at the rate of the contraction factor (Banach 1922); nothing is stored but the
+    state.
+
+    Parameters
+    ----------
+    damping : float
+        Share of the new image in the next state, in (0, 2).
+
+    Raises
+    ------
+    ValueError
+        If ``damping`` is not in (0, 2).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from geomlib.core import Picard, solve
+    >>> solve(lambda z: 0.5 * z + 1, torch.zeros(1, 1), solver=Picard(), tol=1e-4).value
+    tensor([[1.9998]])
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_damping(self.damping)
+
+    def run(self, f: Map, x: Tensor, monitor: Monitor) -> None:
+        """Iterate until ``monitor`` says stop."""
+        while True:
+            image = f(x)
+            difference = image - x
+            if monitor.observe(x, image, difference):
+                return
+            x = image if self.damping == 1.0 else torch.add(x, difference, alpha=self.damping)
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson acceleration: the next state cancels the residual, as far as the last differences can.
+
+    Differences of residuals are orthonormalised against the window as they arrive (truncated Gram-Schmidt)
+    and the state differences are carried along, so no Gram matrix is formed, no small system solved and no
+    condition number squared. For an affine map this is a truncated Krylov method: with a symmetric Jacobian a
+    short window already gives the iterates of GMRES. A sample whose residual grows to twice its best starts a
+    new window.
+
+    Parameters
+    ----------
+    memory : int
+        Differences kept, at most the size of one sample's state.
+    ridge : float
+        A residual difference of which less than this share is orthogonal to the window brings no direction,
+        only rounding and an old slope to fight: the sample's window starts again with it. Relative to the
+        difference itself, so singular windows do no harm and no tolerance is out of reach.
+    damping : float
+        Share of the accelerated image in the next state, in (0, 2).
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+
+    Notes
+    -----
+    Source: Walker and Ni 2011 for the method, arXiv 2403.14961 for the Gram-Schmidt form. Reconstructed: the
+    restart rules.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from geomlib.core import Anderson, Picard, solve
+    >>> f, z0 = lambda z: 0.99 * z + 1, torch.zeros(1, 1, dtype=torch.float64)
+    >>> [int(solve(f, z0, solver=s, max_steps=2000).steps) for s in (Picard(), Anderson())]
+    [917, 3]
+    """
+
+    memory: int = 6
+    ridge: float = 0.01
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_memory(self.memory)
+        _check_damping(self.damping)
+        if not 0 <= self.ridge < 1:
+            raise ValueError(f"ridge must lie in [0, 1), got {self.ridge}: it is a share of a difference")
+
+    def run(self, f: Map, x: Tensor, monitor: Monitor) -> None:
+        """Iterate until ``monitor`` says stop."""
+        batch, n = x.shape
+        memory = min(self.memory, n)
+        tiny = torch.finfo(x.dtype).tiny
+        monitor.allow(GROWTH, PATIENCE)
+
+        # Row i of the window is [q_i | p_i]: an orthonormal direction q_i of residual space and the change
+        # p_i of the damped image that goes with it.
+        window = x.new_zeros(batch, memory, 2 * n)
+        q_transposed, p = window[:, :, :n].transpose(1, 2), window[:, :, n:]
+        previous: Tensor | None = None
+        rewound: Tensor | None = None
+        slot = 0
+        while True:
+            image = f(x)
+            pair = x.new_empty(batch, 1, 2 * n)  # [residual | damped image]
+            residual, target = pair[:, :, :n], pair[:, :, n:]
+            torch.sub(image, x, out=residual[:, 0])
+            if self.damping == 1.0:
+                target[:, 0].copy_(image)
+            else:
+                torch.add(x, residual[:, 0], alpha=self.damping, out=target[:, 0])
+            if monitor.observe(x, image, residual[:, 0]):
+                return
+
+            change = pair - previous if previous is not None else None
+            if monitor.restart is not None and monitor.rewind is not None:
+                window.masked_fill_(monitor.restart[:, None, None], 0.0)
+                # Where f ran away or was not finite, go on from the best image with an empty history.
+                back = monitor.rewind[:, None, None]
+                residual.masked_fill_(back, 0.0)
+                target.copy_(torch.where(back, monitor.value.unsqueeze(1), target))
+                stale = back if rewound is None else back | rewound
+                if change is not None:
+                    change = change.masked_fill_(stale, 0.0)
+                rewound = back
+            elif rewound is not None:
+                if change is not None:
+                    change = change.masked_fill_(rewound, 0.0)
+                rewound = None
+            previous = pair
+
+            if change is not None:
+                window[:, slot].zero_()  # the oldest direction leaves before the new one is made orthogonal
+                whole = torch.linalg.vector_norm(change[:, 0, :n], dim=1)
+                overlap = torch.bmm(change[:, :, :n], q_transposed)
+                part = torch.baddbmm(change, overlap, window, alpha=-1)
+                left = torch.linalg.vector_norm(part[:, 0, :n], dim=1)
+                known = left < self.ridge * whole
+                if not (monitor.on_host and not bool(known.any())):
+                    part = torch.where(known[:, None, None], change, part)
+                    left = torch.where(known, whole, left)
+                    window.masked_fill_(known[:, None, None], 0.0)
+                torch.div(part[:, 0], left.clamp_min_(tiny).unsqueeze(1), out=window[:, slot])
+                slot = (slot + 1) % memory
+            gamma = torch.bmm(residual, q_transposed)
+            x = torch.baddbmm(target, gamma, p, alpha=-1)[:, 0]
+
+
+@dataclass(frozen=True)
+class Broyden:
+    """Broyden's good method on ``f(z) - z = 0``, the inverse Jacobian as ``-I`` plus rank-one updates.
+
+    Parameters
+    ----------
+    memory : int
+        Updates kept; when they are used up the model starts again from ``-I``.
+
+    Raises
+    ------
+    ValueError
+        If ``memory`` is not positive.
+
+    Notes
+    -----
+    Source: Broyden 1965, in the Sherman-Morrison form. Reconstructed: updates with a vanishing denominator
+    are skipped per sample, and a sample whose residual grows to twice its best starts again.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from geomlib.core import Broyden, solve
+    >>> bool(solve(torch.cos, torch.zeros(2, 3), solver=Broyden(), tol=1e-5).converged.all())
+    True
+    """
+
+    memory: int = 30
+
+    def __post_init__(self) -> None:
+        _check_memory(self.memory)
+
+    def run(self, f: Map, x: Tensor, monitor: Monitor) -> None:
+        """Iterate until ``monitor`` says stop."""
+        batch, n = x.shape
+        eps = torch.finfo(x.dtype).eps
+        monitor.allow(GROWTH, PATIENCE)
+        # H = -I + sum_i left_i right_i^T approximates the inverse of f' - I.
+        left, right = x.new_zeros(batch, self.memory, n), x.new_zeros(batch, self.memory, n)
+        step = old_residual = None
+        rewound: Tensor | None = None
+        used = 0
+        while True:
+            image = f(x)
+            residual = (image - x).unsqueeze(1)
+            if monitor.observe(x, image, residual[:, 0]):
+                return
+            back = None
+            if monitor.restart is not None and monitor.rewind is not None:
+                left.masked_fill_(monitor.restart[:, None, None], 0.0)
+                right.masked_fill_(monitor.restart[:, None, None], 0.0)
+                back = monitor.rewind[:, None, None]
+                residual = residual.masked_fill_(back, 0.0)
+            stale = back if rewound is None else rewound if back is None else back | rewound
+
+            applied = _apply(left[:, :used], right[:, :used], residual)  # H residual with the old H
+            if step is not None and old_residual is not None:
+                if used == self.memory:
+                    left.zero_()
+                    right.zero_()
+                    used = 0
+                    applied = -residual
+                else:
+                    row = _apply(right[:, :used], left[:, :used], step)  # step^T H
+                    change = residual - old_residual
+                    denominator = (row * change).sum(-1, keepdim=True)
+                    size = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+                    usable = denominator.abs() > eps * size * torch.linalg.vector_norm(
+                        change, dim=-1, keepdim=True
+                    )
+                    if stale is not None:
+                        usable = usable & ~stale
+                    # H change = applied + step, because step was -H old_residual; so step - H change =
+                    # -applied.
+                    column = torch.where(usable, -applied / denominator, 0.0)
+                    row = torch.where(usable, row, 0.0)
+                    left[:, used], right[:, used] = column[:, 0], row[:, 0]
+                    used += 1
+                    applied = applied + column * (row * residual).sum(-1, keepdim=True)
+            rewound = back
+            step, old_residual = -applied, residual
+            if back is not None:
+                step = torch.where(back, (monitor.value - x).unsqueeze(1), step)
+                x = torch.where(back[:, 0], monitor.value, x + step[:, 0])
+            else:
+                x = x + step[:, 0]
+
+
+def _apply(left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
+    """``(-I + sum_i left_i right_i^T) vector`` for row vectors ``(batch, 1, n)``."""
+    return torch.baddbmm(vector, torch.bmm(vector, right.transpose(1, 2)), left, beta=-1)
+
+
+def _check_damping(damping: float) -> None:
+    if not 0 < damping < 2:
+        raise ValueError(
+            f"damping must lie in (0, 2), got {damping}: the step would not move towards the image"
+        )
+
+
+def _check_memory(memory: int) -> None:
+    if memory < 1:
+        raise ValueError(f"memory must be at least 1, got {memory}: without history use Picard()")
