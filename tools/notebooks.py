@@ -64,12 +64,22 @@ def read_twin(twin: Path) -> NotebookNode:
         digest = hashlib.sha256(f"{cell.cell_type}\0{cell.source}".encode()).hexdigest()[:12]
         seen[digest] = seen.get(digest, 0) + 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+        if cell.cell_type == "code" and cell.source.startswith(SET_UP_TITLE):
+            cell.metadata["cellView"] = "form"  # Colab folds it
     return notebook
 
 
 def is_fresh(source: NotebookNode, stored: NotebookNode) -> bool:
     """Say whether the stored outputs were made by a whole run of the code in ``source``."""
     return stored.metadata.get("geomlib", {}).get("executed") == code_hash(source) == code_hash(stored)
+
+
+def describe_picture(cell: NotebookNode) -> None:
+    """Put the words that the code gave its picture where the site looks for them, unless the twin did."""
+    for output in cell.outputs:
+        words = output.get("metadata", {}).get("image/png", {}).get("alt")
+        if words:
+            cell.metadata.setdefault("mystnb", {}).setdefault("image", {}).setdefault("alt", words)
 
 
 def keep_outputs(source: NotebookNode, stored: NotebookNode) -> NotebookNode:
@@ -79,6 +89,7 @@ def keep_outputs(source: NotebookNode, stored: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code":
             old = next(have)
             cell.outputs, cell.execution_count = old.outputs, old.execution_count
+            describe_picture(cell)
     source.metadata["geomlib"] = stored.metadata["geomlib"]
     if "widgets" in stored.metadata:
         source.metadata["widgets"] = stored.metadata["widgets"]

@@ -114,7 +114,7 @@ def summary(results: dict[str, Result]) -> str:
 def main() -> int:
     """Run the parts named on the command line, all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", choices=list(PARTS), help=", ".join(PARTS))
     chosen = parser.parse_args().parts or list(PARTS)
     REPORTS.mkdir(parents=True, exist_ok=True)
     results = {name: run_part(name, PARTS[name]) for name in chosen}
