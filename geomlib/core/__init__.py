@@ -1,6 +1,7 @@
 """Numerics that several papers share: fixed points, linear systems, contractions. Knows no paper."""
 
 from geomlib.core.fixed_point import (
+    Adjoint,
     Anderson,
     Broyden,
     ConvergenceError,
@@ -11,6 +12,7 @@ from geomlib.core.fixed_point import (
     OneStep,
     Picard,
     Solution,
+    Solver,
     Unrolled,
     solve,
     spectral_radius,
@@ -18,6 +20,7 @@ from geomlib.core.fixed_point import (
 from geomlib.core.linear import arnoldi, gmres
 
 __all__ = [
+    "Adjoint",
     "Anderson",
     "Broyden",
     "ConvergenceError",
@@ -28,6 +31,7 @@ __all__ = [
     "OneStep",
     "Picard",
     "Solution",
+    "Solver",
     "Unrolled",
     "arnoldi",
     "gmres",

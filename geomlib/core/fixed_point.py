@@ -25,6 +25,7 @@ from geomlib.core.solution import ConvergenceError, ConvergenceWarning, Solution
 from geomlib.core.solvers import Anderson, Broyden, Picard, Solver
 
 __all__ = [
+    "Adjoint",
     "Anderson",
     "Broyden",
     "ConvergenceError",
@@ -35,6 +36,7 @@ __all__ = [
     "OneStep",
     "Picard",
     "Solution",
+    "Solver",
     "Unrolled",
     "solve",
     "spectral_radius",
