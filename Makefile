@@ -14,7 +14,7 @@ help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: environment ## Build the site into _build/html from the stored outputs
-	@$(RUN) tools/site.py
+	@$(RUN) tools/website.py
 
 serve: book ## Build the site and serve it on this machine alone (PORT=8000)
 	@echo "Serving http://127.0.0.1:$(PORT)/ until you press Ctrl-C"

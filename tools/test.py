@@ -39,7 +39,7 @@ PARTS: dict[str, list[list[str]]] = {
     "nbval": [[*PYTEST, *NBVAL, *TWO, str(BOOK)]],
     "smoke": [[*PYTEST, "tests/book/test_smoke.py", "-n", "2"]],
     "colab": [[*PYTEST, "tests/book/test_colab.py", "-n", "2", "--dist", "loadscope"]],
-    "site": [[sys.executable, "tools/site.py", "--strict"]],
+    "site": [[sys.executable, "tools/website.py", "--strict"]],
     "browser": [[*PYTEST, "tests/book/test_browser.py"]],
 }
 

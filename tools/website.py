@@ -1,7 +1,7 @@
 """Build the site into ``_build/html`` from the outputs stored in the notebooks.
 
-python tools/site.py           what changed; warnings are shown
-python tools/site.py --strict  every page, every reference resolved; a warning is an error
+python tools/website.py           what changed; warnings are shown
+python tools/website.py --strict  every page, every reference resolved; a warning is an error
 """
 
 import argparse
