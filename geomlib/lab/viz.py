@@ -223,7 +223,9 @@ def eigenvalues(
     axes.autoscale_view()
     if colour_by is not None:
         numbers = colour_by.detach().cpu().numpy()
-        dots = axes.scatter(points.real, points.imag, c=numbers, s=26, zorder=3, edgecolor="none")
+        dots = axes.scatter(
+            points.real, points.imag, c=numbers, s=26, zorder=3, edgecolor=COLOURS["ink"], linewidth=0.4
+        )
         axes.figure.colorbar(dots, ax=axes, label=label, shrink=0.85)
         return dots
     # A margin for rounding: on the circle is not outside.
