@@ -207,6 +207,7 @@ class FlowSIM(nn.Module):
         condition_features: int = 0,
         variant: Literal["cycle", "point"] = "cycle",
         *,
+        angle: float = 0.5,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -234,7 +235,7 @@ class FlowSIM(nn.Module):
             Coupling(dim, i % 2, width, condition_features, generator=generator, device=device, dtype=dtype)
             for i in range(couplings)
         )
-        self.angle = nn.Parameter(torch.full((polar,), 0.5, device=device, dtype=dtype))
+        self.angle = nn.Parameter(torch.full((polar,), angle, device=device, dtype=dtype))
         self.decay_logit = nn.Parameter(torch.full((polar + decays,), 1.0, device=device, dtype=dtype))
         self.center: nn.Module | None = None
         if variant == "point" and condition_features:

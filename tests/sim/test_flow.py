@@ -178,6 +178,13 @@ def test_training_finds_the_frequency_of_a_circle():
     assert abs(model.angle.item() - 0.3) < 0.01
 
 
+def test_couplings_keep_the_orientation_so_the_angle_needs_its_sign():
+    model = flow(2, angle=-0.5)
+    jacobian = torch.func.vmap(torch.func.jacrev(model.encode))(torch.randn(30, 2, dtype=torch.float64))
+    assert (torch.linalg.det(jacobian) > 0).all()
+    assert FlowSIM(2, angle=-0.5).angle.item() == -0.5
+
+
 def test_same_seed_same_flow_on_every_device(device):
     here = FlowSIM(3, generator=torch.Generator().manual_seed(0))
     there = FlowSIM(3, generator=torch.Generator().manual_seed(0), device=device)
