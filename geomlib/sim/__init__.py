@@ -1,8 +1,8 @@
 """Stable Invariant Models (Konishi and Kawahara, arXiv 2207.07475) and what they are measured against.
 
 A network of infinite depth is a dynamical system, and only the part of it that survives infinite time is its
-output. `SIM` writes that part down with the spectrum of a linear operator, `DEQ` solves for it. `koopman` holds
-the tools that look inside, `systems` the examples whose answers are known.
+output. `SIM` writes that part down with the spectrum of a linear operator, `DEQ` solves for it. `koopman`
+holds the tools that look inside, `systems` the examples whose answers are known.
 """
 
 from geomlib.sim.bases import ConvBasis, TemporalConvBasis, mlp
