@@ -52,6 +52,7 @@ class Monitor:
         self.on_host = start.device.type == "cpu"
         self.is_meta = start.is_meta
         self.steps = 0
+        self.tiny = torch.finfo(start.dtype).tiny
         self.value = start
         self.best = start.new_full(start.shape[:1], math.inf)
         self.active = torch.ones_like(self.best, dtype=torch.bool)
@@ -64,7 +65,6 @@ class Monitor:
         # it.
         self._bar = self.best
         self._target = torch.full_like(self.best, tol)
-        self._roof = self.best
         self._ceiling = self.best
         self._strikes = torch.zeros_like(self.used)
         self.restart: Tensor | None = None
@@ -123,25 +123,26 @@ class Monitor:
         if self.is_meta:
             self.value = image
             return True
-        improved = residual < self._bar
-        quiet = self.on_host and self.steps % EVALUATIONS_PER_PATROL != 0
-        if quiet and self.growth < math.inf:
-            quiet = bool(torch.logical_and(residual > self._target, residual <= self._roof).all())
-        elif quiet:
-            quiet = bool((residual > self._target).all())
+        if self._nothing_happened(image, residual):
+            return self.steps >= self.max_steps
 
+        improved = residual < self._bar
         self.value = torch.where(improved.unsqueeze(1), image, self.value)
         self._bar = torch.where(improved, residual, self._bar)
-        if not quiet:
-            self._account(size, residual, improved)
-        if self.growth < math.inf:
-            self._roof = (self._bar * self.growth).abs_()  # frozen samples have bar -1: no alarm from them
-
+        self._account(size, residual, improved)
         if self.steps >= self.max_steps:
             return True
-        if quiet or not (self.on_host or self.steps % EVALUATIONS_PER_SYNC == 0):
+        may_wait = self.on_host or self.steps % EVALUATIONS_PER_SYNC == 0
+        return may_wait and not bool(self.active.any())
+
+    def _nothing_happened(self, image: Tensor, residual: Tensor) -> bool:
+        """On the host, settle the common case with two reductions: every sample improved and none is done."""
+        if not self.on_host or self.steps % EVALUATIONS_PER_PATROL == 0:
             return False
-        return not bool(self.active.any())
+        if not bool((residual < self._bar).all()) or float(residual.min()) <= self.tol:
+            return False
+        self.value, self._bar = image, residual
+        return True
 
     def _account(self, size: Tensor, residual: Tensor, improved: Tensor) -> None:
         """Move samples between the masks. No host synchronisation."""
@@ -161,7 +162,7 @@ class Monitor:
         self._bar = torch.where(self.active, self._bar, -1.0)
         self._target = torch.where(self.active, self._target, -1.0)
         if self.growth < math.inf:
-            self.restart = self.active & ~(residual <= self._roof)
+            self.restart = self.active & ~(residual <= self.growth * self._bar)
             self.rewind = self.active & strayed
 
     def settle(self) -> None:

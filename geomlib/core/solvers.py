@@ -127,60 +127,78 @@ class Anderson:
         """Iterate until ``monitor`` says stop."""
         batch, n = x.shape
         memory = min(self.memory, n)
-        tiny = torch.finfo(x.dtype).tiny
         monitor.allow(GROWTH, PATIENCE)
-
         # Row i of the window is [q_i | p_i]: an orthonormal direction q_i of residual space and the change
-        # p_i of the damped image that goes with it.
+        # p_i of the damped image that goes with it. All views are taken once: at these sizes slicing costs as
+        # much as work.
         window = x.new_zeros(batch, memory, 2 * n)
-        q_transposed, p = window[:, :, :n].transpose(1, 2), window[:, :, n:]
-        previous: Tensor | None = None
+        q = window[:, :, :n].transpose(1, 2)
+        slots = [(row, row[:, :n], row[:, n:]) for row in window.unbind(1)]
+        pairs = (_Pair(x), _Pair(x))
+        projected = _Pair(x)
         rewound: Tensor | None = None
-        slot = 0
+        count = 0
         while True:
+            now, before = pairs[count % 2], pairs[1 - count % 2]
             image = f(x)
-            pair = x.new_empty(batch, 1, 2 * n)  # [residual | damped image]
-            residual, target = pair[:, :, :n], pair[:, :, n:]
-            torch.sub(image, x, out=residual[:, 0])
+            torch.sub(image, x, out=now.residual)
             if self.damping == 1.0:
-                target[:, 0].copy_(image)
+                now.target.copy_(image)
             else:
-                torch.add(x, residual[:, 0], alpha=self.damping, out=target[:, 0])
-            if monitor.observe(x, image, residual[:, 0]):
+                torch.add(x, now.residual, alpha=self.damping, out=now.target)
+            if monitor.observe(x, image, now.residual):
                 return
+            if count == 0:
+                now.change.zero_()
+            else:
+                torch.sub(now.pair, before.pair, out=now.change)
+            if rewound is not None or monitor.restart is not None:
+                rewound = _start_again(now, window, rewound, monitor)
 
-            change = pair - previous if previous is not None else None
-            if monitor.restart is not None and monitor.rewind is not None:
-                window.masked_fill_(monitor.restart[:, None, None], 0.0)
-                # Where f ran away or was not finite, go on from the best image with an empty history.
-                back = monitor.rewind[:, None, None]
-                residual.masked_fill_(back, 0.0)
-                target.copy_(torch.where(back, monitor.value.unsqueeze(1), target))
-                stale = back if rewound is None else back | rewound
-                if change is not None:
-                    change = change.masked_fill_(stale, 0.0)
-                rewound = back
-            elif rewound is not None:
-                if change is not None:
-                    change = change.masked_fill_(rewound, 0.0)
-                rewound = None
-            previous = pair
+            row, new_q, new_p = slots[count % memory]
+            row.zero_()  # the oldest direction leaves before the new one is made orthogonal
+            # One product for both rows: the change loses what the window knows, the pair takes the step it
+            # advises.
+            torch.baddbmm(now.both, torch.bmm(now.residuals, q), window, alpha=-1, out=projected.both)
+            left = torch.linalg.vector_norm(projected.change_of_residual, dim=1)
+            whole = torch.linalg.vector_norm(now.change_of_residual, dim=1)
+            known = left < self.ridge * whole
+            if not monitor.on_host or bool(known.any()):
+                mask = known[:, None, None]
+                window.masked_fill_(mask, 0.0)
+                torch.where(mask, now.both, projected.both, out=projected.both)
+                left = torch.where(known, whole, left)
+            torch.div(projected.change, left.clamp_min_(monitor.tiny).unsqueeze(1), out=row)
+            weight = torch.linalg.vecdot(new_q, projected.residual)
+            x = torch.addcmul(projected.target, weight.unsqueeze(1), new_p, value=-1)
+            count += 1
 
-            if change is not None:
-                window[:, slot].zero_()  # the oldest direction leaves before the new one is made orthogonal
-                whole = torch.linalg.vector_norm(change[:, 0, :n], dim=1)
-                overlap = torch.bmm(change[:, :, :n], q_transposed)
-                part = torch.baddbmm(change, overlap, window, alpha=-1)
-                left = torch.linalg.vector_norm(part[:, 0, :n], dim=1)
-                known = left < self.ridge * whole
-                if not (monitor.on_host and not bool(known.any())):
-                    part = torch.where(known[:, None, None], change, part)
-                    left = torch.where(known, whole, left)
-                    window.masked_fill_(known[:, None, None], 0.0)
-                torch.div(part[:, 0], left.clamp_min_(tiny).unsqueeze(1), out=window[:, slot])
-                slot = (slot + 1) % memory
-            gamma = torch.bmm(residual, q_transposed)
-            x = torch.baddbmm(target, gamma, p, alpha=-1)[:, 0]
+
+class _Pair:
+    """``[[change of r | change of s], [r | s]]`` for residual ``r`` and damped image ``s``, and its views."""
+
+    def __init__(self, like: Tensor) -> None:
+        batch, n = like.shape
+        self.both = like.new_empty(batch, 2, 2 * n)
+        self.residuals = self.both[:, :, :n]
+        self.change, self.pair = self.both.unbind(1)
+        self.change_of_residual = self.change[:, :n]
+        self.residual, self.target = self.pair[:, :n], self.pair[:, n:]
+
+
+def _start_again(now: _Pair, window: Tensor, rewound: Tensor | None, monitor: Monitor) -> Tensor | None:
+    """Forget the window where the monitor says so; go on from the best image where ``f`` ran away."""
+    back = None
+    if monitor.restart is not None and monitor.rewind is not None:
+        window.masked_fill_(monitor.restart[:, None, None], 0.0)
+        back = monitor.rewind.unsqueeze(1)
+        now.residual.masked_fill_(back, 0.0)
+        torch.where(back, monitor.value, now.target, out=now.target)
+    # A difference with a point that was given up, now or one step ago, says nothing.
+    stale = back if rewound is None else rewound if back is None else back | rewound
+    if stale is not None:
+        now.change.masked_fill_(stale, 0.0)
+    return back
 
 
 @dataclass(frozen=True)
