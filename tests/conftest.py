@@ -21,14 +21,20 @@ def _reproducible():
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@pytest.fixture
+def emulated():
+    """Return the emulated accelerator, for what only it can show: mixed devices and waits of the host."""
+    try:
+        return emulated_device()
+    except RuntimeError as error:
+        pytest.skip(f"no emulated device: {error}")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Return each device of this run: CPU, emulated accelerator, and ``TORCH_DEVICE`` if it is set."""
     if request.param == "emulated":
-        try:
-            return emulated_device()
-        except RuntimeError as error:
-            pytest.skip(f"no emulated device: {error}")
+        return request.getfixturevalue("emulated")
     return torch.device(request.param)
 
 

@@ -20,14 +20,6 @@ from geomlib.testing import (
 )
 
 
-@pytest.fixture
-def emulated():
-    try:
-        return emulated_device()
-    except RuntimeError as error:
-        pytest.skip(f"no emulated device: {error}")
-
-
 class WrongFirst(torch.autograd.Function):
     """The square with three times its input as derivative."""
 
