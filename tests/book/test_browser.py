@@ -127,7 +127,8 @@ WIDER_THAN_SCREEN = """() => {
 PALE_WORDS = """() => {
   const numbers = colour => colour.match(/[0-9.]+/g).map(Number);
   const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const luminance = colour => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => sum + w * linear(colour[i] / 255), 0);
+  const weights = [0.2126, 0.7152, 0.0722];
+  const luminance = colour => weights.reduce((sum, weight, i) => sum + weight * linear(colour[i] / 255), 0);
   const paper = e => {
     for (; e; e = e.parentElement) {
       const colour = numbers(getComputedStyle(e).backgroundColor);
