@@ -162,3 +162,10 @@ def test_new_address_reaches_links_into_colab() -> None:
     text = f"{old}/issues https://colab.research.google.com/github/a/b/blob/main/book/x.ipynb a/b"
     expected = f"{new}/issues https://colab.research.google.com/github/c/d/blob/main/book/x.ipynb a/b"
     assert repository.rewritten(text, old, new) == expected
+
+
+def test_bundled_npm_serves_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets.shutil, "which", lambda name: None)
+    npm, environment = assets.npm_command()
+    version = subprocess.check_output([*npm, "--version"], env=environment, text=True)
+    assert re.match(r"\d+\.\d+", version)

