@@ -1,5 +1,11 @@
 """Numerics that several papers share: fixed points, linear systems, contractions. Knows no paper."""
 
+from geomlib.core.contraction import (
+    ContractiveConv1d,
+    ContractiveConv2d,
+    ContractiveLinear,
+    lipschitz_estimate,
+)
 from geomlib.core.fixed_point import (
     Adjoint,
     Anderson,
@@ -18,11 +24,15 @@ from geomlib.core.fixed_point import (
     spectral_radius,
 )
 from geomlib.core.linear import arnoldi, gmres
+from geomlib.core.norms import operator_norm_bound
 
 __all__ = [
     "Adjoint",
     "Anderson",
     "Broyden",
+    "ContractiveConv1d",
+    "ContractiveConv2d",
+    "ContractiveLinear",
     "ConvergenceError",
     "ConvergenceWarning",
     "Direct",
@@ -35,6 +45,8 @@ __all__ = [
     "Unrolled",
     "arnoldi",
     "gmres",
+    "lipschitz_estimate",
+    "operator_norm_bound",
     "solve",
     "spectral_radius",
 ]
