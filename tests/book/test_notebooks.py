@@ -58,7 +58,8 @@ def test_pair_is_equal_in_every_cell(twin: Path, stored: NotebookNode) -> None:
     text = notebooks.read_twin(twin)
     assert [(c.cell_type, c.source) for c in text.cells] == [(c.cell_type, c.source) for c in stored.cells]
     whole = nbformat.writes(notebooks.keep_outputs(text, stored)) + "\n"
-    assert whole == notebook_of(twin).read_text(encoding="utf8"), "metadata differs: run `make notebooks`"
+    same = whole == notebook_of(twin).read_text(encoding="utf8")
+    assert same, "metadata differs: run `make notebooks`"
 
 
 def test_notebook_is_valid(stored: NotebookNode) -> None:
@@ -66,7 +67,8 @@ def test_notebook_is_valid(stored: NotebookNode) -> None:
 
 
 def test_outputs_come_from_one_run_of_this_code(twin: Path, stored: NotebookNode, code: list) -> None:
-    assert notebooks.is_fresh(notebooks.read_twin(twin), stored), "stale outputs: run `make notebooks`"
+    fresh = notebooks.is_fresh(notebooks.read_twin(twin), stored)
+    assert fresh, "stale outputs: run `make notebooks`"
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
@@ -170,7 +172,8 @@ def test_every_claim_is_judged_in_some_chapter() -> None:
 def test_ledger_is_current(tmp_path: Path) -> None:
     page = BOOK / "appendix" / "ledger.md"
     records = claims.collect(BOOK)
-    assert page.read_text(encoding="utf8") == ledger.page(records, base=".."), "run `make notebooks`"
+    current = page.read_text(encoding="utf8") == ledger.page(records, base="..")
+    assert current, "verdicts have changed since: run `make notebooks`"
 
 
 def test_misspelt_parameter_fails(twin: Path) -> None:
