@@ -235,7 +235,7 @@ def shown(value: Any, *, exact: bool = False) -> str:
     --------
     >>> from geomlib.lab.claims import shown
     >>> shown(0.123456), shown(2e-9), shown(2e-9, exact=True), shown([0.90, 0.92])
-    ('0.123', '< 1e-8', '2e-9', '0.91 ± 0.0141 (2 seeds)')
+    ('0.123', '< 1e-8', '2e-9', '0.91 ± 0.014 (2 seeds)')
     >>> shown({"SIM": 0.97, "DEQ": 0.96})
     'SIM 0.97, DEQ 0.96'
     """
@@ -301,7 +301,10 @@ def _spread(values: Sequence[Any], exact: bool) -> str:
     mean = shown(math.fsum(values) / len(values), exact=exact)
     if len(values) == 1:
         return f"{mean} (1 seed)"
-    return f"{mean} ± {shown(statistics.stdev(values), exact=exact)} ({len(values)} seeds)"
+    spread = statistics.stdev(values)
+    if spread < 1e-4:
+        return f"{mean} ± 0 ({len(values)} seeds)"
+    return f"{mean} ± {spread:.2g} ({len(values)} seeds)"
 
 
 def _facts(record: Mapping[str, Any]) -> str:

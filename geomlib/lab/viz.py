@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 __all__ = ["COLOURS", "eigenvalues", "frames", "png", "show", "use_style"]
 
@@ -248,20 +250,27 @@ def png(figure: Figure) -> bytes:
     >>> viz.png(Figure())[:4]
     b'\\x89PNG'
     """
-    return _indexed(figure, 256)
+    return _encode(_pixels(figure), 256)
 
 
-def _indexed(figure: Figure, colours: int) -> bytes:
+def _pixels(figure: Figure) -> Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    raw = io.BytesIO()
-    figure.savefig(raw, format="png", facecolor="white", transparent=False)
-    picture = Image.open(raw).convert("RGB")
+    figure.set_facecolor("white")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _encode(picture: Image, colours: int) -> bytes:
+    from PIL import Image
+
     # No dithering: its noise costs more bytes than the colours it saves.
     indexed = picture.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    small = io.BytesIO()
-    indexed.save(small, format="PNG", optimize=True)
-    return small.getvalue()
+    file = io.BytesIO()
+    indexed.save(file, format="PNG", optimize=True)
+    return file.getvalue()
 
 
 def _frame(
@@ -275,11 +284,12 @@ def _frame(
         # Not through pyplot, which would keep the figure open and show it.
         figure = Figure(figsize=figsize)
         draw(figure.subplots(*panels), value)
-        picture = b""
-        for colours in (256, 64, 24):
-            picture = _indexed(figure, colours)
-            if len(picture) <= MOST_BYTES:
-                break
+        pixels = _pixels(figure)
+    picture = b""
+    for colours in (256, 64, 24):
+        picture = _encode(pixels, colours)
+        if len(picture) <= MOST_BYTES:
+            break
     return picture
 
 
