@@ -339,9 +339,12 @@ def _image_folder(
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of ``(n, channels, ...)``."""
     channels = x.transpose(0, 1).flatten(1)
-    return channels.mean(dim=1), channels.std(dim=1, correction=0)
+    mean, std = channels.mean(dim=1), channels.std(dim=1, correction=0)
+    # A constant channel has a deviation of rounding size; divided by it, rounding would become data.
+    constant = std <= 1e-5 * mean.abs()
+    return mean, std.masked_fill(constant, 1.0)
 
 
 def _standardise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     shape = (-1, *[1] * (x.dim() - 2))
-    return (x - mean.reshape(shape)) / std.clamp_min(torch.finfo(std.dtype).tiny).reshape(shape)
+    return (x - mean.reshape(shape)) / std.reshape(shape)

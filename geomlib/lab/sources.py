@@ -15,6 +15,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,12 +267,16 @@ def _fashion_mnist(place: Path) -> Arrays | None:
 
 def _idx(path: Path) -> Tensor:
     """Read an IDX file of bytes: two zeros, type 8, the number of axes, their lengths, the data."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    axes = content[3] if content[:3] == b"\x00\x00\x08" else 0
+    damaged = OSError(f"{path} is damaged: delete it and load again")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise damaged from error
+    axes = content[3] if content[:3] == b"\x00\x00\x08" and len(content) > 3 else 0
     start = 4 + 4 * axes
     shape = struct.unpack(f">{axes}I", content[4:start]) if len(content) >= start else ()
     if not shape or len(content) - start != math.prod(shape):
-        raise OSError(f"{path} is damaged: its header does not fit its length; delete it and load again")
+        raise damaged
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
