@@ -120,17 +120,7 @@ def loaded_by(statement):
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-HEAVY = {
-    "matplotlib",
-    "torchvision",
-    "sklearn",
-    "ipywidgets",
-    "IPython",
-    "accelerate",
-    "mnist1d",
-    "PIL",
-    "tqdm",
-}
+HEAVY = {"matplotlib", "torchvision", "sklearn", "ipywidgets", "IPython", "accelerate", "mnist1d", "PIL"}
 
 
 @pytest.mark.parametrize("part", ["core", *ROOMS])
