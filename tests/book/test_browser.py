@@ -117,8 +117,9 @@ def test_page_fits_a_phone(visit: Visit) -> None:
 WIDER_THAN_SCREEN = """() => {
   const screen = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth <= screen) return [];
+  const scrolls = e => e && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
   return [...document.querySelectorAll("article *")]
-    .filter(e => e.getBoundingClientRect().right > screen + 1)
+    .filter(e => e.getBoundingClientRect().right > screen + 1 && !scrolls(e.parentElement))
     .slice(0, 5).map(e => e.outerHTML.slice(0, 120)).concat(`${document.documentElement.scrollWidth} px`);
 }"""
 
@@ -136,7 +137,7 @@ PALE_WORDS = """() => {
     }
     return [255, 255, 255];
   };
-  const words = "p, li, td, th, figcaption, h1, h2, h3, .geomlib-claim, .widget-label, .widget-readout";
+  const words = "p, li, td, th, .caption-text, h1, h2, h3, .geomlib-claim, .widget-label, .widget-readout";
   return [...document.querySelectorAll(words)].filter(e => {
     if (!e.closest("article") || !e.offsetParent || !e.textContent.trim()) return false;
     const [ink, behind] = [numbers(getComputedStyle(e).color), paper(e)].map(luminance);
