@@ -114,27 +114,28 @@ def edmd(psi_x: Tensor, psi_y: Tensor, *, ridge: float = 0.0, tol: float = 1e-10
         raise ValueError(f"ridge must be at least 0, got {ridge}: it would reward large coefficients")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must lie in [0, 1), got {tol}: no direction would be left")
-    samples = len(x)
-    scale = (x.square().sum(0) / samples).sqrt()
+    scale = x.square().mean(0).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a zero column is cut off below
-    left, sigma, right = torch.linalg.svd(x / scale / samples**0.5, full_matrices=False)
+    # An orthogonal change of the sample axis alters no norm below: two small triangles stand for all samples.
+    triangle = torch.linalg.qr(torch.hstack([x, y]) / len(x) ** 0.5, mode="r").R
+    x, y = (triangle / scale.repeat(2)).split(x.shape[1], 1)
+    left, sigma, right = torch.linalg.svd(x, full_matrices=False)
     kept = sigma > tol * sigma.max()
     if not kept.any():
         raise ValueError("psi_x must not be zero everywhere: no direction can be fitted")
     left, sigma, right = left[:, kept], sigma[kept], right[kept].T  # right: (features, rank)
     # In scaled coordinates the transposed operator is right @ half, of rank `rank`; its nonzero
     # eigenvalues are those of the small matrix half @ right.
-    half = (sigma / (sigma.square() + ridge))[:, None] * (left.T @ (y / scale / samples**0.5))
+    half = (sigma / (sigma.square() + ridge))[:, None] * (left.T @ y)
     A = (right @ half).T * scale[:, None] / scale
     eigenvalues, vectors = torch.linalg.eig(half @ right)
     order = spectral_order(eigenvalues)
-    eigenvalues, vectors = eigenvalues[order], vectors[:, order]
-    basis = right.to(torch.complex128)
-    eigenfunctions = (basis @ vectors) / scale[:, None]
-    modes = scale[:, None] * (basis @ torch.linalg.inv(vectors).T)
-    now, then = x.to(torch.complex128) @ eigenfunctions, y.to(torch.complex128) @ eigenfunctions
+    eigenvalues, vectors = eigenvalues[order], right.to(torch.complex128) @ vectors[:, order]
+    modes = scale[:, None] * torch.linalg.pinv(vectors).T
+    now, then = x.to(torch.complex128) @ vectors, y.to(torch.complex128) @ vectors
     tiny = torch.finfo(torch.float64).tiny
-    residuals = (then - now * eigenvalues).abs().norm(dim=0) / now.abs().norm(dim=0).clamp_min(tiny)
+    residuals = (then - now * eigenvalues).norm(dim=0) / now.norm(dim=0).clamp_min(tiny)
+    eigenfunctions = vectors / scale[:, None]
     return EDMD(A, eigenvalues, eigenfunctions, residuals, modes)
 
 
