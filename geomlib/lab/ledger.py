@@ -124,16 +124,18 @@ def _room(
     links = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in papers)
     lines = [f"## {_heading(entries[0].room)}", "", f"Paper: {links}.", ""]
     for entry in entries:
-        verdict, source = verdicts[entry.id], _markdown(entry.source.rstrip("."))
+        verdict = verdicts[entry.id]
+        own = [record for record in records if record["id"] == entry.id]
         lines += [
-            f"**{entry.id}** ({entry.kind}): {_markdown(entry.statement)}",
+            f"(claim-{entry.id.lower()})=",
+            f"### {entry.id} {MARKS[verdict]} {verdict}",
             "",
-            f"{MARKS[verdict]} **{verdict}**. Source: {source}.",
+            _markdown(entry.statement),
+            "",
+            f"- {entry.kind.capitalize()}; source: {_markdown(entry.source.rstrip('.'))}.",
+            *([_finding(record, base) for record in own] or ["- It has never been measured in a chapter."]),
             "",
         ]
-        own = [record for record in records if record["id"] == entry.id]
-        lines += [_finding(record, base) for record in own] or ["- It has never been measured in a chapter."]
-        lines.append("")
     return "\n".join(lines)
 
 

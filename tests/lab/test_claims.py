@@ -300,7 +300,8 @@ def test_the_ledger_says_everything_in_order(book):
     assert "| TOY | 1 | 1 | 1 | 0 | 3 |" in page
     assert "| **all** | 1 | 1 | 1 | 1 | 4 |" in page
     order = [
-        page.index(text) for text in ("## TOY", "**TOY-1**", "**TOY-2**", "**TOY-10**", "## ZOO", "**ZOO-1**")
+        page.index(text)
+        for text in ("## TOY", "### TOY-1 ✓ holds", "### TOY-2 ✗", "### TOY-10 ◐", "## ZOO", "### ZOO-1 ○")
     ]
     assert order == sorted(order)
     assert "[Chapter One](../toy/one.ipynb): measured &lt; 1e-8" not in page
@@ -328,7 +329,7 @@ def test_the_command_line_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "geomlib.lab.claims")
     runpy.run_module("geomlib.lab.claims", run_name="__main__")
     assert capsys.readouterr().out.startswith("0 hold, ")
-    assert "**SIM-17**" in target.read_text()
+    assert "### SIM-17 ○ not judged" in target.read_text()
 
 
 def test_the_command_line_explains_itself(monkeypatch):
