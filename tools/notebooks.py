@@ -205,19 +205,32 @@ def set_up_cell(notebook: NotebookNode) -> str | None:
     return next((source for source in sources if source.startswith(SET_UP_TITLE)), None)
 
 
-def renew_set_up(twin: Path) -> None:
-    """Put the text of ``tools/setup_cell.py`` into the twin's set-up cell."""
-    have = set_up_cell(jupytext.read(twin))
-    if have is None:
+def formatted(notebook: NotebookNode, path: Path) -> NotebookNode:
+    """Return the notebook with its code as ruff writes it, by the rules for ``path``."""
+    ruff = [str(Path(sys.executable).with_name("ruff")), "format", "--stdin-filename", str(path), "-"]
+    done = subprocess.run(ruff, input=nbformat.writes(notebook), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"ruff cannot read the code of {path.name}: {done.stderr.strip()}")
+    return nbformat.reads(done.stdout, as_version=4)
+
+
+def tidy_twin(twin: Path) -> None:
+    """Give the twin the present text of the set-up cell and its code the project's format."""
+    notebook = read_twin(twin)
+    if set_up_cell(notebook) is None:
         raise ValueError(f"{twin.name} has no set-up cell: a code cell with the text of tools/setup_cell.py")
-    if have != SET_UP:
-        text = twin.read_text(encoding="utf8")
-        twin.write_text(text.replace(have, SET_UP, 1), encoding="utf8")
+    text = before = twin.read_text(encoding="utf8")
+    for cell, want in zip(notebook.cells, formatted(notebook, notebook_of(twin)).cells, strict=True):
+        source = SET_UP if cell.source == set_up_cell(notebook) else want.source
+        if cell.cell_type == "code" and cell.source != source:
+            text = text.replace(f"{cell.source}\n```", f"{source}\n```", 1)
+    if text != before:
+        twin.write_text(text, encoding="utf8")
 
 
 def update(twin: Path, force: bool = False) -> str:
     """Make the notebook of ``twin`` current and return in words what was done."""
-    renew_set_up(twin)
+    tidy_twin(twin)
     path, source = notebook_of(twin), read_twin(twin)
     stored = nbformat.read(path, as_version=4) if path.exists() else None
     if stored is not None and not force and is_fresh(source, stored):

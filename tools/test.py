@@ -35,7 +35,7 @@ PARTS: dict[str, list[list[str]]] = {
         [*PYTEST, "--doctest-modules", "geomlib"],
     ],
     "imports": [[str(BIN / "lint-imports")]],
-    "pairs": [[*PYTEST, "tests/book/test_notebooks.py"]],
+    "pairs": [[*PYTEST, "tests/book/test_notebooks.py", "tests/book/test_tools.py"]],
     "nbval": [[*PYTEST, *NBVAL, *TWO, str(BOOK)]],
     "smoke": [[*PYTEST, "tests/book/test_smoke.py", "-n", "2"]],
     "colab": [[*PYTEST, "tests/book/test_colab.py", "-n", "2", "--dist", "loadscope"]],
