@@ -9,7 +9,7 @@ implicit too, and so on to any order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from geomlib.core.monitor import Monitor
 from geomlib.core.newton import Direct
-from geomlib.core.problem import FlatMap, Problem, iterate
+from geomlib.core.precision import full_precision, working_dtype
+from geomlib.core.problem import FlatMap, Problem, conclude, iterate
 from geomlib.core.solution import Solution
 from geomlib.core.solvers import Anderson, Solver
 
@@ -94,7 +95,7 @@ class Implicit:
             )
             solution = problem.conclude(value, monitor)
             attached = _attach(problem.f, backward, value, problem.params)
-            return Solution(attached, *_evidence(solution))
+            return replace(solution, value=attached)
         return problem.conclude(value, monitor)
 
 
@@ -179,18 +180,7 @@ class OneStep:
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in problem.params)):
             return solution
         image = problem.f(value, *problem.params)
-        return Solution(value + (image - image.detach()), *_evidence(solution))
-
-
-def _evidence(solution: Solution) -> tuple[Any, ...]:
-    return (
-        solution.residual,
-        solution.bound,
-        solution.steps,
-        solution.converged,
-        solution.reason,
-        solution.trace,
-    )
+        return replace(solution, value=value + (image - image.detach()))
 
 
 @dataclass(frozen=True)
@@ -229,7 +219,7 @@ class _ImplicitFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, *params = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             if torch.is_grad_enabled():
                 grads = _differentiable_adjoint(ctx.f, ctx.backward, z, params, wanted, grad)
             else:
@@ -253,18 +243,20 @@ def _plain_adjoint(
         image = f(leaf, *leaves)
     u = _solve_adjoint(image, leaf, grad, backward)
     targets = [p for p, want in zip(leaves, wanted, strict=True) if want]
-    return torch.autograd.grad(image, targets, u, allow_unused=True)
+    return _pull_back(image, targets, u)
 
 
 def _solve_adjoint(image: Tensor, leaf: Tensor, grad: Tensor, backward: _Backward) -> Tensor:
     """``u = J^T u + grad`` with ``J = d image / d leaf``, no history."""
     flat = (grad.shape[0], -1)
-    work = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else grad.dtype
+    work = working_dtype(grad.dtype)
     g = grad.detach().reshape(flat).to(work)
+    if not image.requires_grad:  # f does not look at its state
+        return grad.detach()
 
     def pull(u: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(
-            image, leaf, u.view(grad.shape).to(grad.dtype), retain_graph=True, allow_unused=True
+            image, leaf, u.reshape(grad.shape).to(grad.dtype), retain_graph=True, allow_unused=True
         )
         return g if product is None else product.reshape(flat).to(work) + g
 
@@ -273,18 +265,10 @@ def _solve_adjoint(image: Tensor, leaf: Tensor, grad: Tensor, backward: _Backwar
     monitor = Monitor(g, backward.tol, backward.max_steps, floor=size)
     with torch.no_grad():
         backward.solver.run(pull, g, monitor)
-    problem = Problem(
-        pull,
-        g,
-        (),
-        backward.solver,
-        backward.tol,
-        None,
-        backward.max_steps,
-        backward.throw,
-        "implicit gradient",
+    solution = conclude(
+        monitor.value, monitor, backward.tol, None, throw=backward.throw, what="implicit gradient"
     )
-    return problem.conclude(monitor.value, monitor).value.view(grad.shape).to(grad.dtype)
+    return solution.value.view(grad.shape).to(grad.dtype)
 
 
 def _differentiable_adjoint(
@@ -302,7 +286,7 @@ def _differentiable_adjoint(
             # An alias of its own: the derivative stops here, and does not follow how z depends on params.
             here = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
             image = f(here, *params)
-            (product,) = torch.autograd.grad(image, here, u, create_graph=True, allow_unused=True)
+            (product,) = _pull_back(image, [here], u, create_graph=True)
         return grad if product is None else product + grad
 
     with torch.enable_grad():
@@ -314,4 +298,13 @@ def _differentiable_adjoint(
     aliases = [p.view_as(p) for p in params]
     image = f(z, *aliases)
     targets = [p for p, want in zip(aliases, wanted, strict=True) if want]
-    return torch.autograd.grad(image, targets, u, create_graph=True, allow_unused=True)
+    return _pull_back(image, targets, u, create_graph=True)
+
+
+def _pull_back(
+    image: Tensor, targets: list[Tensor], u: Tensor, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """``u^T d image / d target`` for each target, None where ``image`` does not depend on it."""
+    if not image.requires_grad:
+        return (None,) * len(targets)
+    return torch.autograd.grad(image, targets, u, create_graph=create_graph, allow_unused=True)

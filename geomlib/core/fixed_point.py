@@ -171,6 +171,8 @@ def spectral_radius(
         image = f(leaf, *[p.detach() for p in params])
 
     def pull(v: Tensor) -> Tensor:
+        if not image.requires_grad:  # f does not look at its state
+            return torch.zeros_like(v)
         (product,) = torch.autograd.grad(image, leaf, v.view(z.shape), retain_graph=True, allow_unused=True)
         return torch.zeros_like(v) if product is None else product.reshape(flat)
 

@@ -124,19 +124,20 @@ class Direct:
         batch, n = x.shape
         offset = f(torch.zeros_like(x))
         monitor.spend(1)
-        system = torch.eye(n, dtype=x.dtype, device=x.device)  # I - J^T, filled row by row
+        identity = torch.eye(n, dtype=x.dtype, device=x.device)
+        system = identity.clone()  # I - J^T, filled row by row
         for first in range(0, n, batch):
             rows = min(batch, n - first)
             probe = torch.zeros_like(x)
-            probe[:rows, first : first + rows].fill_diagonal_(1.0)
+            probe[:rows] = identity[first : first + rows]
             system[first : first + rows] -= (f(probe) - offset)[:rows]
             if monitor.spend(1):
                 return
-        factors, pivots, _ = torch.linalg.lu_factor_ex(system)
-        x = torch.linalg.lu_solve(factors, pivots, offset, left=False)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(system.mT)
+        x = torch.linalg.lu_solve(factors, pivots, offset.mT).mT
         while True:
             image = f(x)
             residual = image - x
             if monitor.observe(x, image, residual):
                 return
-            x = x + torch.linalg.lu_solve(factors, pivots, residual, left=False)
+            x = x + torch.linalg.lu_solve(factors, pivots, residual.mT).mT

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from geomlib.core.precision import full_precision, working_dtype
+
 __all__ = ["operator_norm_bound"]
 
 # Gram iterations: the bound is at most rank^(1 / 2^(k + 1)) too large, 2.8 % for rank 32 and 4.4 % for rank
@@ -75,9 +77,8 @@ def operator_norm_bound(weight: Tensor, *, iterations: int = ITERATIONS) -> Tens
         raise ValueError(
             f"iterations must be at least 1, got {iterations}: the bound comes from Gram products"
         )
-    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with torch.autocast(weight.device.type, enabled=False):
-        weight = weight.to(work)
+    with full_precision(weight.device):
+        weight = weight.to(working_dtype(weight.dtype))
         roundoff = _unit_roundoff(weight)
         if weight.dim() == 2:
             return _gram_bound(weight, None, iterations, roundoff)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from geomlib.core.monitor import Monitor
+from geomlib.core.precision import full_precision, working_dtype
 from geomlib.core.solution import (
     ConvergenceError,
     ConvergenceWarning,
@@ -20,7 +21,7 @@ from geomlib.core.solution import (
 )
 from geomlib.core.solvers import Solver
 
-__all__ = ["FlatMap", "Problem", "iterate"]
+__all__ = ["FlatMap", "Problem", "conclude", "iterate"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Problem:
     contraction_factor: float | None
     max_steps: int
     throw: bool
-    what: str = "fixed point"
 
     def __post_init__(self) -> None:
         z0, kappa = self.z0, self.contraction_factor
@@ -90,19 +90,49 @@ class Problem:
 
     def conclude(self, value: Tensor, monitor: Monitor) -> Solution:
         """Pack what ``monitor`` knows; raise or warn when the tolerance was missed."""
-        reason = monitor.finish()
-        kappa = self.contraction_factor
-        bound = None if kappa is None else monitor.best * (kappa / (1 - kappa))
-        trace = torch.stack(monitor.residuals)
-        solution = Solution(value, monitor.best, bound, monitor.used, monitor.converged, reason, trace)
-        if reason in ("converged", "not evaluated"):
-            return solution
-        rate = observed_rate(trace)
-        message = describe_failure(solution, self.tol, rate, self.what)
-        if self.throw:
-            raise ConvergenceError(message, solution, rate)
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        return conclude(
+            value, monitor, self.tol, self.contraction_factor, throw=self.throw, what="fixed point"
+        )
+
+
+def conclude(
+    value: Tensor,
+    monitor: Monitor,
+    tol: float,
+    contraction_factor: float | None,
+    *,
+    throw: bool,
+    what: str,
+) -> Solution:
+    """Make a :class:`Solution` of ``value`` and what ``monitor`` knows of it.
+
+    Raises
+    ------
+    ConvergenceError
+        If a sample missed ``tol`` and ``throw`` is true; otherwise a :class:`ConvergenceWarning` is issued.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.ones(1, 1)
+    >>> monitor = Monitor(x, tol=0.1, max_steps=1)
+    >>> _ = monitor.observe(x, x, x - x)
+    >>> conclude(monitor.value, monitor, 0.1, None, throw=True, what="fixed point").reason
+    'converged'
+    """
+    reason = monitor.finish()
+    kappa = contraction_factor
+    bound = None if kappa is None else monitor.best * (kappa / (1 - kappa))
+    trace = torch.stack(monitor.residuals)
+    solution = Solution(value, monitor.best, bound, monitor.used, monitor.converged, reason, trace)
+    if reason in ("converged", "not evaluated"):
         return solution
+    rate = observed_rate(trace)
+    message = describe_failure(solution, tol, rate, what)
+    if throw:
+        raise ConvergenceError(message, solution, rate)
+    warnings.warn(message, ConvergenceWarning, stacklevel=5)
+    return solution
 
 
 class FlatMap:
@@ -130,7 +160,7 @@ class FlatMap:
         self.params = tuple(p.detach() for p in problem.params)
         self.shape, self.dtype, self.device = problem.z0.shape, problem.z0.dtype, problem.z0.device
         self.flat = (self.shape[0], problem.z0[0].numel())
-        self.work = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+        self.work = working_dtype(self.dtype)
         self.checks_closure = torch.is_grad_enabled()
         self.checked = False
 
@@ -188,6 +218,6 @@ def iterate(problem: Problem) -> tuple[Tensor, Monitor]:
     evaluate = FlatMap(problem)
     x = evaluate.start(problem.z0)
     monitor = Monitor(x, problem.residual_tol, problem.max_steps)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), full_precision(x.device):
         problem.solver.run(evaluate, x, monitor)
     return evaluate.finish(monitor.value), monitor
