@@ -33,7 +33,7 @@ colab: environment ## Write self-contained notebooks for Colab or Kaggle into di
 	@$(RUN) tools/colab.py
 
 bench: environment ## Measure ours beside the peers, into benchmarks/results
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "$$script"; $(RUN) "$$script"; done
+	@set -e; for script in $$(grep -l '^if __name__' benchmarks/*.py); do echo "$$script"; $(RUN) "$$script"; done
 
 repository: environment ## Write another repository address everywhere (URL=https://...)
 	@$(RUN) tools/repository.py "$(URL)"
