@@ -2,14 +2,16 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import geomlib
 from geomlib.lab import checkpoints, training
 from geomlib.lab.data import Split
 from geomlib.lab.training import History, cosine, evaluate, fit
@@ -405,45 +407,52 @@ def test_a_history_reads_well():
     assert history.last()["seconds"] == 8.0
 
 
+SCRIPT = """
+import json, sys, torch
+from torch import nn
+from geomlib.lab.data import Split
+from geomlib.lab.training import fit
+
+def train(checkpoint=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = torch.randn(33, 4).double()
+    # 33 = 2 * 16 + 1: the last batch has one sample for two processes.
+    split = Split(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    history = fit(model, split, split, epochs=3, batch_size=16, lr=0.05, checkpoint=checkpoint)
+    return [history.loss, history.accuracy, history.test_loss]
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(train(sys.argv[1])))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import json, sys, torch
-            from torch import nn
-            from geomlib.lab.data import Split
-            from geomlib.lab.training import fit
-            torch.set_num_threads(1)
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-            x = torch.randn(33, 4).double()
-            # 33 = 2 * 16 + 1: the last batch has one sample for two processes.
-            split = Split(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
-            history = fit(model, split, split, epochs=3, batch_size=16, lr=0.05, checkpoint=sys.argv[1])
-            print(json.dumps([history.loss, history.accuracy, history.test_loss]))
-            """
-        )
+    script, checkpoint = tmp_path / "train.py", tmp_path / "two.safetensors"
+    script.write_text(SCRIPT)
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(checkpoint),
+    ]
+    output = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(geomlib.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-
-    def run(*command):
-        output = subprocess.run(
-            [sys.executable, *command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        return [json.loads(line) for line in output.stdout.splitlines() if line.startswith("[[")]
-
-    (alone,) = run(str(script), str(tmp_path / "one.safetensors"))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    first, second = run(*torchrun, str(script), str(tmp_path / "two.safetensors"))
+    assert output.returncode == 0, output.stderr
+    first, second = (json.loads(line) for line in output.stdout.splitlines() if line.startswith("[["))
     assert first == second
+    alone = runpy.run_path(str(script))["train"]()
     for ours, theirs in zip(first, alone, strict=True):
         # Gradients are summed in another order.
         assert ours == pytest.approx(theirs, rel=1e-9)
-    assert (tmp_path / "two.safetensors").is_file()
+    assert checkpoint.is_file()
