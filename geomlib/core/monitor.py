@@ -67,6 +67,7 @@ class Monitor:
         self._target = torch.full_like(self.best, tol)
         self._ceiling = self.best
         self._strikes = torch.zeros_like(self.used)
+        self._mark = self.best
         self.restart: Tensor | None = None
         self.rewind: Tensor | None = None
         self.growth = math.inf
@@ -148,7 +149,10 @@ class Monitor:
         """Move samples between the masks. No host synchronisation."""
         done = improved & (residual <= self._target)
         strayed = self.active & ~(size <= self._ceiling)  # not finite counts as well
-        self._strikes = self._strikes + strayed
+        # Patience is with excursions that led nowhere: an improvement since the last one starts the count again.
+        strikes = torch.where(self._bar < self._mark, 1, self._strikes + 1)
+        self._strikes = torch.where(strayed, strikes, self._strikes)
+        self._mark = torch.where(strayed, self._bar, self._mark)
         given_up = strayed & (self._strikes >= self.patience)
 
         self.converged = self.converged | done
