@@ -237,6 +237,7 @@ def test_tensors_say_where_they_live(emulated):
         assert made.device == emulated
     assert x.cpu().device.type == "cpu"
     assert "emulated" in repr(x)
+    assert f"{x.sum():.2f}" == "0.00"
 
 
 def test_python_data_keeps_its_values_and_flags(emulated):
@@ -345,11 +346,23 @@ def test_views_and_in_place_changes_reach_autograd(emulated):
     assert x.grad.tolist() == [[5.0, 0.0, 5.0], [1.0, 0.0, 1.0]]
 
 
+def test_numbers_are_written_where_an_index_says(emulated):
+    x = torch.zeros(2, 3, device=emulated)
+    with count_host_syncs() as syncs:
+        x[0, 1] = 5
+        x[[1, 1], [0, 2]] = 7
+        x[:, 1] += 1
+    assert syncs == []
+    x[x == 0] = -1
+    assert x.tolist() == [[-1.0, 6.0, -1.0], [7.0, 1.0, 7.0]]
+
+
 def test_a_shape_changed_in_place_is_refused(emulated):
     with pytest.raises(NotImplementedError, match="in place"):
         torch.ones(2, 3, device=emulated).t_()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, inside jvp
 def test_function_transforms_and_copies_work(emulated):
     x = torch.linspace(-1, 1, 6, device=emulated).reshape(2, 3)
     value, tangent = torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))

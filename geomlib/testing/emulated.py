@@ -5,8 +5,9 @@ tensor in a wrapper: each operation is unwrapped, run on the CPU, and wrapped ag
 the CPU's, yet code that mixes devices raises, and each wait of the host for the device is counted, as
 neither a CPU run nor the ``meta`` device can do.
 
-What differs from a GPU: no sparse layouts, no in-place change of a tensor's shape, no generator of its own
-(a CPU generator is refused, as CUDA refuses it), and backward runs in the thread that calls it.
+What differs from a GPU: no sparse layouts, no fused recurrent cells, no in-place change of a tensor's shape,
+no generator of its own (a CPU generator is refused, as CUDA refuses it); backward runs in the thread that
+calls it, and torch aborts in the backward of ``torch.utils.checkpoint``.
 """
 
 from __future__ import annotations
@@ -168,6 +169,9 @@ class EmulatedTensor(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{self.raw!r} on {NAME}"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.dim() == 0 else repr(self), spec)
+
     def tolist(self) -> Any:
         """Return the numbers as nested lists, which makes the host wait."""
         return self.cpu().tolist()
@@ -256,7 +260,10 @@ def _waits(op: Any, args: tuple[Any, ...], to_emulated: bool) -> bool:
 
 
 class _PythonData(TorchFunctionMode):
-    """Build ``torch.tensor(data, device="emulated")`` on the CPU and move it: torch cannot do so itself."""
+    """Make tensors of Python numbers on the CPU and move them, which torch cannot do for such a device.
+
+    They come by ``torch.tensor(data, device="emulated")`` and by ``x[[0, 2]] = number``.
+    """
 
     _FACTORIES: tuple[Callable[..., Tensor], ...] = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -267,6 +274,12 @@ class _PythonData(TorchFunctionMode):
         if func is Tensor.new_tensor and isinstance(args[0], EmulatedTensor):
             kwargs = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             func, args = torch.tensor, args[1:]
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], EmulatedTensor):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(entry) if isinstance(entry, list) else entry for entry in index)
+            args = (args[0], index, *args[2:])
+            if len(args) == 3 and not isinstance(args[2], Tensor):
+                args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
         device = kwargs.get("device")
         if func in self._FACTORIES and device is not None and torch.device(device).type == NAME:
             del kwargs["device"]
