@@ -17,9 +17,9 @@ __all__ = ["find", "table"]
 def table(name: str) -> None:
     """Show ``benchmarks/results/<name>.json`` as a table, or say in one sentence how to produce it.
 
-    The file holds an object with ``rows``, a list of objects with the same keys, the first of which names
-    the row. An optional ``caption`` stands above the table; everything else in the object is a condition of
-    the measurement (threads, versions, processor) and stands below it.
+    The file holds an object with ``title``, ``columns`` (names), ``rows`` (lists with one entry per column, the
+    first of which names the row) and, shown below the table, ``notes`` (sentences), ``protocol`` (how it was
+    measured) and ``machine`` (on what).
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def table(name: str) -> None:
     Raises
     ------
     ValueError
-        If the file is there and has no rows, or rows with different keys.
+        If the file is there and holds no such table.
 
     Examples
     --------
@@ -42,18 +42,17 @@ def table(name: str) -> None:
         print(f"The table {name} is not here: run `make bench` in a clone of the repository to measure it.")
         return
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    rows = content.pop("rows", [])
-    if not rows or any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(f"{path.name} must have rows with the same keys, got {rows}: it is no table")
-    caption = content.pop("caption", f"Benchmark {name}")
-    plain, html = output.table(
-        list(rows[0]), [[_shown(entry) for entry in row.values()] for row in rows], caption=caption
-    )
-    conditions = _shown(content)
-    if content:
-        plain += f"\nMeasured with {conditions}."
-        html += f"<p>Measured with {escape(conditions)}.</p>"
-    output.publish(plain, html)
+    if missing := {"title", "columns", "rows"} - set(content):
+        raise ValueError(
+            f"{path.name} must hold title, columns and rows, got no {', '.join(sorted(missing))}"
+        )
+    rows = [[_shown(entry) for entry in row] for row in content["rows"]]
+    plain, html = output.table(content["columns"], rows, caption=content["title"])
+    below = [_sentence(note) for note in content.get("notes", [])]
+    how = [_shown(content[key]) for key in ("protocol", "machine") if key in content]
+    if how:
+        below.append(_sentence("Measured with " + "; ".join(how)))
+    output.publish("\n".join([plain, *below]), html + "".join(f"<p>{escape(line)}</p>" for line in below))
 
 
 def find(name: str) -> Path | None:
@@ -81,7 +80,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {_shown(entry)}" for key, entry in value.items())
-    if isinstance(value, list):
-        return ", ".join(_shown(entry) for entry in value)
+        return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items())
     return str(value)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."

@@ -1,12 +1,15 @@
 """Presets, tables, benchmark results and the environment report, outside a notebook."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import geomlib
 from geomlib.lab import environment, output, presets, results
 
+ROOT = Path(geomlib.__file__).parents[1]
 SIZES = {
     "smoke": {"epochs": 1, "lr": 0.1},
     "quick": {"epochs": 5, "lr": 0.1},
@@ -85,13 +88,12 @@ def repository(tmp_path, monkeypatch):
 
 def test_results_are_found_from_a_chapter_and_shown(repository, capsys):
     content = {
-        "caption": "Forward and backward",
-        "rows": [
-            {"solver": "ours", "ms": 1.23456, "steps": 20, "converged": True, "bound": None},
-            {"solver": "theirs", "ms": 12.3456, "steps": 2000, "converged": False, "bound": 1e-5},
-        ],
-        "threads": 1,
-        "versions": {"torch": "2.14"},
+        "title": "Forward and backward",
+        "columns": ["solver", "ms", "steps", "converged", "bound"],
+        "rows": [["ours", 1.23456, 20, True, None], ["theirs", 12.3456, 2000, False, 1e-5]],
+        "notes": ["batch of 64."],
+        "protocol": "median of 7",
+        "machine": {"threads": "1", "torch": "2.14"},
     }
     (repository / "solvers.json").write_text(json.dumps(content))
     results.table("solvers")
@@ -100,14 +102,29 @@ def test_results_are_found_from_a_chapter_and_shown(repository, capsys):
         "solver  ms    steps  converged  bound",
         "ours    1.23  20     yes        –",
         "theirs  12.3  2000   no         1e-05",
-        "Measured with threads 1, versions torch 2.14.",
+        "Batch of 64.",
+        "Measured with median of 7; threads 1, torch 2.14.",
     ]
 
 
-@pytest.mark.parametrize("rows", [[], [{"a": 1}, {"b": 2}]])
-def test_results_that_are_no_table_are_refused(repository, rows):
-    (repository / "solvers.json").write_text(json.dumps({"rows": rows}))
-    with pytest.raises(ValueError, match=r"solvers\.json must have rows"):
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json"))
+)
+def test_every_committed_result_can_be_shown(name, capsys):
+    results.table(name)
+    assert "Measured with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"title": "t", "columns": ["a"]}, "got no rows"),
+        ({"title": "t", "columns": ["a"], "rows": [[1, 2]]}, "rows must have 1 entries"),
+    ],
+)
+def test_results_that_are_no_table_are_refused(repository, content, words):
+    (repository / "solvers.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
         results.table("solvers")
 
 
