@@ -17,9 +17,9 @@ __all__ = ["find", "table"]
 def table(name: str) -> None:
     """Show ``benchmarks/results/<name>.json`` as a table, or say in one sentence how to produce it.
 
-    The file holds an object with ``title``, ``columns`` (names), ``rows`` (lists with one entry per column, the
-    first of which names the row) and, shown below the table, ``notes`` (sentences), ``protocol`` (how it was
-    measured) and ``machine`` (on what).
+    The file holds an object with ``title``, ``columns`` (names), ``rows`` (lists with one entry per column,
+    the first of which names the row) and, shown below the table, ``notes`` (sentences), ``protocol`` (how it
+    was measured) and ``machine`` (on what).
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def table(name: str) -> None:
     below = [_sentence(note) for note in content.get("notes", [])]
     how = [_shown(content[key]) for key in ("protocol", "machine") if key in content]
     if how:
-        below.append(_sentence("Measured with " + "; ".join(how)))
+        below.append(_sentence("Measured: " + "; ".join(how)))
     output.publish("\n".join([plain, *below]), html + "".join(f"<p>{escape(line)}</p>" for line in below))
 
 
@@ -78,7 +78,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items())
     return str(value)

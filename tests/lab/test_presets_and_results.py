@@ -90,7 +90,7 @@ def test_results_are_found_from_a_chapter_and_shown(repository, capsys):
     content = {
         "title": "Forward and backward",
         "columns": ["solver", "ms", "steps", "converged", "bound"],
-        "rows": [["ours", 1.23456, 20, True, None], ["theirs", 12.3456, 2000, False, 1e-5]],
+        "rows": [["ours", 1234.56, 20, True, None], ["theirs", 12.3456, 2000, False, 1e-5]],
         "notes": ["batch of 64."],
         "protocol": "median of 7",
         "machine": {"threads": "1", "torch": "2.14"},
@@ -100,10 +100,10 @@ def test_results_are_found_from_a_chapter_and_shown(repository, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "Forward and backward",
         "solver  ms    steps  converged  bound",
-        "ours    1.23  20     yes        –",
+        "ours    1235  20     yes        –",
         "theirs  12.3  2000   no         1e-05",
         "Batch of 64.",
-        "Measured with median of 7; threads 1, torch 2.14.",
+        "Measured: median of 7; threads 1, torch 2.14.",
     ]
 
 
@@ -112,7 +112,7 @@ def test_results_are_found_from_a_chapter_and_shown(repository, capsys):
 )
 def test_every_committed_result_can_be_shown(name, capsys):
     results.table(name)
-    assert "Measured with" in capsys.readouterr().out
+    assert "Measured: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
