@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import assets
@@ -13,6 +14,7 @@ import pytest
 import repository
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from project import ROOT, repository_url
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
@@ -169,3 +171,16 @@ def test_bundled_npm_serves_where_the_system_has_none(monkeypatch: pytest.Monkey
     npm, environment = assets.npm_command()
     version = subprocess.check_output([*npm, "--version"], env=environment, text=True)
     assert re.match(r"\d+\.\d+", version)
+
+
+def test_pinned_packages_install_on_the_oldest_python() -> None:
+    # Debian 12 has Python 3.11.2, and some packages ask for a later patch of 3.11.
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf8").splitlines()
+    for name, version in (line.split("==") for line in pins if not line.startswith("#")):
+        try:
+            found = metadata.metadata(name)
+        except metadata.PackageNotFoundError:
+            continue  # a package for other platforms
+        if found["Version"] == version and found["Requires-Python"]:
+            assert SpecifierSet(found["Requires-Python"]).contains(oldest), (name, version)
