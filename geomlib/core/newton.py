@@ -124,7 +124,7 @@ class Direct:
         batch, n = x.shape
         offset = f(torch.zeros_like(x))
         monitor.spend(1)
-        identity = torch.eye(n, dtype=x.dtype, device=x.device)
+        identity = torch.diag(x.new_ones(n))
         system = identity.clone()  # I - J^T, filled row by row
         for first in range(0, n, batch):
             rows = min(batch, n - first)
