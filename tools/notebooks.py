@@ -283,7 +283,7 @@ def main() -> int:
             print(f"failed\n{error}", file=sys.stderr)
             failures += 1
     if not parameters and not failures:
-        ledger = [sys.executable, "-m", "geomlib.lab.claims", "book", str(LEDGER)]
+        ledger = [sys.executable, "-m", "geomlib.lab.ledger", "book", str(LEDGER)]
         failures += subprocess.run(ledger, cwd=ROOT, check=False).returncode != 0
     return 1 if failures else 0
 

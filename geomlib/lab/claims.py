@@ -2,7 +2,7 @@
 
 Each statement that can be checked has a stable id and stands in ``geomlib/<room>/claims.toml``. A chapter
 judges it with :func:`claim`; the verdict is shown in one line and stored in the metadata of that output, so
-that :func:`collect` reads every verdict out of the notebooks and ``python -m geomlib.lab.claims BOOK PAGE``
+that :func:`collect` reads every verdict out of the notebooks and ``python -m geomlib.lab.ledger BOOK PAGE``
 writes the ledger of all of them.
 """
 
@@ -13,7 +13,6 @@ import math
 import numbers
 import re
 import statistics
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -341,15 +340,3 @@ def _title(cells: Sequence[Mapping[str, Any]], fallback: str) -> str:
                 if line.startswith("# "):
                     return line[2:].strip()
     return fallback
-
-
-def _main(arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
-        raise SystemExit("usage: python -m geomlib.lab.claims BOOK_FOLDER PAGE.md")
-    from geomlib.lab.ledger import write
-
-    print(write(*arguments))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

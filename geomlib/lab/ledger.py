@@ -1,12 +1,13 @@
 """The ledger: one page that says of every claim of every paper what the chapters found.
 
-Written by ``python -m geomlib.lab.claims BOOK_FOLDER PAGE.md`` from the stored notebooks and nothing else.
+Written by ``python -m geomlib.lab.ledger BOOK_FOLDER PAGE.md`` from the stored notebooks and nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -166,3 +167,13 @@ def _natural(entry: Claim) -> list[int | str]:
 def _markdown(text: str) -> str:
     # Statements are plain text; what Markdown would read as markup is escaped.
     return re.sub(r"([\\`*_{}\[\]<>$|~^])", r"\\\1", str(text))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 2:
+        raise SystemExit("usage: python -m geomlib.lab.ledger BOOK_FOLDER PAGE.md")
+    print(write(*arguments))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomlib.lab.sampling import stratified
+
 __all__ = ["NAMES", "Arrays", "Images", "arrays", "cache_folder", "image_folder"]
 
 NAMES = ("digits", "mnist1d", "fashion_mnist", "cifar10", "image_folder")
@@ -161,8 +163,6 @@ def image_folder(root: str | Path) -> tuple[Images, Images, tuple[str, ...]]:
         ...
     FileNotFoundError: no pictures below no/such/folder: put them into one folder per class, ...
     """
-    from geomlib.lab.data import stratified
-
     root = Path(root)
     parts = [root / name for name in ("val", "test") if (root / name).is_dir()]
     if parts and (root / "train").is_dir():
@@ -201,8 +201,6 @@ def _by_class(folder: Path) -> tuple[Images, tuple[str, ...]]:
 
 def _digits() -> Arrays:
     from sklearn.datasets import load_digits
-
-    from geomlib.lab.data import stratified
 
     raw = load_digits()
     x = torch.from_numpy(raw.images).float().unsqueeze(1)

@@ -325,16 +325,16 @@ def test_statements_come_out_of_markdown_as_they_went_in(book):
 def test_the_command_line_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     target = tmp_path / "ledger.md"
-    monkeypatch.setattr(sys, "argv", ["claims", str(tmp_path), str(target)])
-    monkeypatch.delitem(sys.modules, "geomlib.lab.claims")
-    runpy.run_module("geomlib.lab.claims", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["ledger", str(tmp_path), str(target)])
+    monkeypatch.delitem(sys.modules, "geomlib.lab.ledger")
+    runpy.run_module("geomlib.lab.ledger", run_name="__main__")
     assert capsys.readouterr().out.startswith("0 hold, ")
     assert "### SIM-17 ○ not judged" in target.read_text()
 
 
 def test_the_command_line_explains_itself(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["claims"])
-    monkeypatch.delitem(sys.modules, "geomlib.lab.claims")
+    monkeypatch.setattr(sys, "argv", ["ledger"])
+    monkeypatch.delitem(sys.modules, "geomlib.lab.ledger")
     with pytest.raises(SystemExit, match="usage"):
-        runpy.run_module("geomlib.lab.claims", run_name="__main__")
+        runpy.run_module("geomlib.lab.ledger", run_name="__main__")

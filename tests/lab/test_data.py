@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from geomlib.lab import data, sources
-from geomlib.lab.data import Split, stratified
+from geomlib.lab.data import Split
+from geomlib.lab.sampling import stratified
 from geomlib.lab.training import fit
 
 HAS_DEBIAN = (sources.DEBIAN / "fashion-mnist" / "train-images-idx3-ubyte.gz").is_file()
