@@ -64,7 +64,6 @@ class Monitor:
         # Best residual while a sample is active, -1 afterwards: one comparison tells improvement and freezes
         # it.
         self._bar = self.best
-        self._target = torch.full_like(self.best, tol)
         self._ceiling = self.best
         self._strikes = torch.zeros_like(self.used)
         self._mark = self.best
@@ -146,28 +145,31 @@ class Monitor:
         return True
 
     def _account(self, size: Tensor, residual: Tensor, improved: Tensor) -> None:
-        """Move samples between the masks. No host synchronisation."""
-        done = improved & (residual <= self._target)
+        """Move samples between the masks. No host synchronisation, except on the host itself to save work."""
+        stopped = improved & (residual <= self.tol)
+        self.converged = self.converged | stopped
         strayed = self.active & ~(size <= self._ceiling)  # not finite counts as well
-        # Patience is with excursions that led nowhere: an improvement since the last one starts the count again.
+        if not self.on_host or bool(strayed.any()):
+            stopped = stopped | self._give_up(strayed, size)
+        if not self.on_host or bool(stopped.any()):
+            # Freeze: remember what a stopped sample had, and make sure it never improves again.
+            self.best = torch.where(stopped, self._bar, self.best)
+            self.used = torch.where(stopped, self.steps, self.used)
+            self.active = self.active & ~stopped
+            self._bar = self._bar.masked_fill(stopped, -1.0)
+        if self.growth < math.inf:
+            self.restart = self.active & ~(residual <= self.growth * self._bar)
+            self.rewind = self.active & strayed
+
+    def _give_up(self, strayed: Tensor, size: Tensor) -> Tensor:
+        """Tell which of the strayed samples have tried patience: one more excursion that led nowhere."""
         strikes = torch.where(self._bar < self._mark, 1, self._strikes + 1)
         self._strikes = torch.where(strayed, strikes, self._strikes)
         self._mark = torch.where(strayed, self._bar, self._mark)
         given_up = strayed & (self._strikes >= self.patience)
-
-        self.converged = self.converged | done
         self.runaway = self.runaway | given_up & torch.isfinite(size)
         self.lost = self.lost | given_up & ~torch.isfinite(size)
-        stopped = done | given_up
-        # Freeze: remember what a stopped sample had, and make sure it never improves again.
-        self.best = torch.where(stopped, self._bar, self.best)
-        self.used = torch.where(stopped, self.steps, self.used)
-        self.active = self.active & ~stopped
-        self._bar = torch.where(self.active, self._bar, -1.0)
-        self._target = torch.where(self.active, self._target, -1.0)
-        if self.growth < math.inf:
-            self.restart = self.active & ~(residual <= self.growth * self._bar)
-            self.rewind = self.active & strayed
+        return given_up
 
     def settle(self) -> None:
         """Let the last evaluation count for every sample, as where all take the same number of steps.

@@ -161,6 +161,7 @@ class FlatMap:
         self.shape, self.dtype, self.device = problem.z0.shape, problem.z0.dtype, problem.z0.device
         self.flat = (self.shape[0], problem.z0[0].numel())
         self.work = working_dtype(self.dtype)
+        self.direct = self.flat == self.shape and self.work is self.dtype
         self.checks_closure = torch.is_grad_enabled()
         self.checked = False
 
@@ -176,6 +177,8 @@ class FlatMap:
         """Evaluate the map."""
         if not self.checked:
             return self._first(x)
+        if self.direct:
+            return self.f(x, *self.params)
         if self.work is not self.dtype:
             x = x.to(self.dtype)
         return self.f(x.view(self.shape), *self.params).reshape(self.flat).to(self.work)

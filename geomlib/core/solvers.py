@@ -129,15 +129,15 @@ class Anderson:
         memory = min(self.memory, n)
         monitor.allow(GROWTH, PATIENCE)
         # Row i of the window is [q_i | p_i]: an orthonormal direction q_i of residual space and the change
-        # p_i of the damped image that goes with it. All views are taken once: at these sizes slicing costs as
-        # much as work.
+        # p_i of the damped image that goes with it. Rows not yet filled are zero. All views are taken once:
+        # at the usual sizes slicing costs as much as the work.
         window = x.new_zeros(batch, memory, 2 * n)
-        q = window[:, :, :n].transpose(1, 2)
-        slots = [(row, row[:, :n], row[:, n:]) for row in window.unbind(1)]
-        pairs = (_Pair(x), _Pair(x))
-        projected = _Pair(x)
+        slots = window.split(1, 1)
+        q, p = window.split(n, 2)
+        q = q.mT
+        pairs, change, part = (_Pair(x), _Pair(x)), _Pair(x), _Pair(x)
         rewound: Tensor | None = None
-        count = 0
+        count = 0  # of differences so far
         while True:
             now, before = pairs[count % 2], pairs[1 - count % 2]
             image = f(x)
@@ -149,44 +149,48 @@ class Anderson:
             if monitor.observe(x, image, now.residual):
                 return
             if count == 0:
-                now.change.zero_()
+                change.both.zero_()
             else:
-                torch.sub(now.pair, before.pair, out=now.change)
+                torch.sub(now.both, before.both, out=change.both)
             if rewound is not None or monitor.restart is not None:
-                rewound = _start_again(now, window, rewound, monitor)
+                rewound = _start_again(now, change, window, rewound, monitor)
+            if count == 0:
+                x, count = now.target.clone(), 1
+                continue
 
-            row, new_q, new_p = slots[count % memory]
-            row.zero_()  # the oldest direction leaves before the new one is made orthogonal
-            # One product for both rows: the change loses what the window knows, the pair takes the step it
-            # advises.
-            torch.baddbmm(now.both, torch.bmm(now.residuals, q), window, alpha=-1, out=projected.both)
-            left = torch.linalg.vector_norm(projected.change_of_residual, dim=1)
-            whole = torch.linalg.vector_norm(now.change_of_residual, dim=1)
-            known = left < self.ridge * whole
-            if not monitor.on_host or bool(known.any()):
-                mask = known[:, None, None]
+            row = slots[(count - 1) % memory]
+            if count > memory:
+                row.zero_()  # the oldest direction leaves before the new one is made orthogonal
+            torch.baddbmm(change.both, torch.bmm(change.r, q), window, alpha=-1, out=part.both)
+            left = torch.linalg.vector_norm(part.r, dim=2)
+            whole = torch.linalg.vector_norm(change.r, dim=2)
+            fresh = torch.sub(left, whole, alpha=self.ridge)
+            if not (
+                monitor.on_host and float(fresh.min()) >= 0
+            ):  # NaN, of a lost sample, goes this way as well
+                mask = (fresh < 0).unsqueeze(2)
                 window.masked_fill_(mask, 0.0)
-                torch.where(mask, now.both, projected.both, out=projected.both)
-                left = torch.where(known, whole, left)
-            torch.div(projected.change, left.clamp_min_(monitor.tiny).unsqueeze(1), out=row)
-            weight = torch.linalg.vecdot(new_q, projected.residual)
-            x = torch.addcmul(projected.target, weight.unsqueeze(1), new_p, value=-1)
+                torch.where(mask, change.both, part.both, out=part.both)
+                left = torch.where(fresh < 0, whole, left)
+            torch.div(part.both, left.clamp_min_(monitor.tiny).unsqueeze(2), out=row)
+
+            x = torch.baddbmm(now.s, torch.bmm(now.r, q), p, alpha=-1)[:, 0]
             count += 1
 
 
 class _Pair:
-    """``[[change of r | change of s], [r | s]]`` for residual ``r`` and damped image ``s``, and its views."""
+    """Residual ``r`` and damped image ``s`` side by side, ``(batch, 1, 2 n)``, and its views."""
 
     def __init__(self, like: Tensor) -> None:
         batch, n = like.shape
-        self.both = like.new_empty(batch, 2, 2 * n)
-        self.residuals = self.both[:, :, :n]
-        self.change, self.pair = self.both.unbind(1)
-        self.change_of_residual = self.change[:, :n]
-        self.residual, self.target = self.pair[:, :n], self.pair[:, n:]
+        self.both = like.new_empty(batch, 1, 2 * n)
+        self.r, self.s = self.both.split(n, 2)
+        self.residual, self.target = self.r.squeeze(1), self.s.squeeze(1)
 
 
-def _start_again(now: _Pair, window: Tensor, rewound: Tensor | None, monitor: Monitor) -> Tensor | None:
+def _start_again(
+    now: _Pair, change: _Pair, window: Tensor, rewound: Tensor | None, monitor: Monitor
+) -> Tensor | None:
     """Forget the window where the monitor says so; go on from the best image where ``f`` ran away."""
     back = None
     if monitor.restart is not None and monitor.rewind is not None:
@@ -197,7 +201,7 @@ def _start_again(now: _Pair, window: Tensor, rewound: Tensor | None, monitor: Mo
     # A difference with a point that was given up, now or one step ago, says nothing.
     stale = back if rewound is None else rewound if back is None else back | rewound
     if stale is not None:
-        now.change.masked_fill_(stale, 0.0)
+        change.both.masked_fill_(stale.unsqueeze(2), 0.0)
     return back
 
 
