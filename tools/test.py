@@ -38,7 +38,7 @@ PARTS: dict[str, list[list[str]]] = {
     "pairs": [[*PYTEST, "tests/book/test_notebooks.py", "tests/book/test_tools.py"]],
     "nbval": [[*PYTEST, *NBVAL, *TWO, str(BOOK)]],
     "smoke": [[*PYTEST, "tests/book/test_smoke.py", "-n", "2"]],
-    "colab": [[*PYTEST, "tests/book/test_colab.py", "-n", "2", "--dist", "loadscope"]],
+    "colab": [[*PYTEST, "tests/book/test_colab.py", "-n", "2"]],
     "site": [[sys.executable, "tools/website.py", "--strict"]],
     "browser": [[*PYTEST, "tests/book/test_browser.py"]],
 }
