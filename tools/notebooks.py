@@ -110,7 +110,7 @@ def run(path: Path, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"no such parameter: {', '.join(unknown)}; the chapter has {', '.join(known)}")
     FAILED.mkdir(parents=True, exist_ok=True)
-    output = FAILED / path.name
+    output = FAILED / f"{cwd.name}_{path.name}"
     os.environ.update(PINS)
     papermill.execute_notebook(
         str(path),
