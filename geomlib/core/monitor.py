@@ -158,8 +158,9 @@ class Monitor:
             self.active = self.active & ~stopped
             self._bar = self._bar.masked_fill(stopped, -1.0)
         if self.growth < math.inf:
-            self.restart = self.active & ~(residual <= self.growth * self._bar)
-            self.rewind = self.active & strayed
+            restart = self.active & ~(residual <= self.growth * self._bar)
+            if not self.on_host or bool(restart.any()):
+                self.restart, self.rewind = restart, self.active & strayed
 
     def _give_up(self, strayed: Tensor, size: Tensor) -> Tensor:
         """Tell which of the strayed samples have tried patience: one more excursion that led nowhere."""

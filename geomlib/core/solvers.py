@@ -135,6 +135,9 @@ class Anderson:
         slots = window.split(1, 1)
         q, p = window.split(n, 2)
         q = q.mT
+        # Below 400 products a sample, torch's batched product falls back to a loop several times slower than
+        # taking both halves.
+        wide = memory * n < 400 <= 2 * memory * n
         pairs, change, part = (_Pair(x), _Pair(x)), _Pair(x), _Pair(x)
         rewound: Tensor | None = None
         count = 0  # of differences so far
@@ -165,16 +168,15 @@ class Anderson:
             left = torch.linalg.vector_norm(part.r, dim=2)
             whole = torch.linalg.vector_norm(change.r, dim=2)
             fresh = torch.sub(left, whole, alpha=self.ridge)
-            if not (
-                monitor.on_host and float(fresh.min()) >= 0
-            ):  # NaN, of a lost sample, goes this way as well
-                mask = (fresh < 0).unsqueeze(2)
-                window.masked_fill_(mask, 0.0)
-                torch.where(mask, change.both, part.both, out=part.both)
-                left = torch.where(fresh < 0, whole, left)
+            if not (monitor.on_host and float(fresh.min()) >= 0):
+                left = _drop_known(change, part, window, fresh, left, whole, monitor)
             torch.div(part.both, left.clamp_min_(monitor.tiny).unsqueeze(2), out=row)
 
-            x = torch.baddbmm(now.s, torch.bmm(now.r, q), p, alpha=-1)[:, 0]
+            weights = torch.bmm(now.r, q)
+            if wide:
+                x = torch.baddbmm(now.both, weights, window, alpha=-1)[:, 0, n:].contiguous()
+            else:
+                x = torch.baddbmm(now.s, weights, p, alpha=-1)[:, 0]
             count += 1
 
 
@@ -186,6 +188,25 @@ class _Pair:
         self.both = like.new_empty(batch, 1, 2 * n)
         self.r, self.s = self.both.split(n, 2)
         self.residual, self.target = self.r.squeeze(1), self.s.squeeze(1)
+
+
+def _drop_known(
+    change: _Pair,
+    part: _Pair,
+    window: Tensor,
+    fresh: Tensor,
+    left: Tensor,
+    whole: Tensor,
+    monitor: Monitor,
+) -> Tensor:
+    """Start the window again where the new difference lies in it; the norm of what is taken instead."""
+    known = (fresh < 0) & monitor.active.unsqueeze(1)
+    if monitor.on_host and not bool(known.any()):  # samples that have stopped raise no alarm
+        return left
+    mask = known.unsqueeze(2)
+    window.masked_fill_(mask, 0.0)
+    torch.where(mask, change.both, part.both, out=part.both)
+    return torch.where(known, whole, left)
 
 
 def _start_again(
