@@ -265,16 +265,16 @@ def speed(rounds: int) -> dict[str, object]:
     reached = sum(row[-2] is not None and row[-2] >= GOAL for row in rows)
     notes = [
         (
-            "milliseconds, median of the rounds; in brackets the largest residual |f(z) - z| / (1 + |z|) measured "
-            "on the returned value, or |J^T y + g - y| / (|g| + |y|) recovered from the returned gradient"
+            "milliseconds, median of the rounds; in brackets the largest residual |f(z) - z| / (1 + |z|) "
+            "of the returned value, or |J^T y + g - y| / (|g| + |y|) recovered from the gradient"
         ),
         (
-            f"each method has the loosest tolerance that brings it below {TARGET[torch.float32]:.0e} (float32) "
-            f"or {TARGET[torch.float64]:.0e} (float64); ratios are medians of the ratio within a round"
+            f"each method has the loosest tolerance that brings it below {TARGET[torch.float32]:.0e} "
+            f"(float32) or {TARGET[torch.float64]:.0e} (float64); ratios are medians over rounds"
         ),
         (
-            "the observed rate is that of the plain iteration: a Gaussian W of norm kappa contracts about twice "
-            "as fast as its norm says, which leaves an accelerated solver no step to save"
+            "the observed rate is that of the plain iteration: a Gaussian W of norm kappa contracts about "
+            "twice as fast as its norm says, which leaves an accelerated solver no step to save"
         ),
         (
             f"goal: the default at least {GOAL} times as fast as torchdeq's fastest solver; reached in "
