@@ -191,7 +191,7 @@ if __name__ == "__main__":
         {
             "title": title,
             "machine": machine(),
-            "protocol": f"one process, one thread, models in turn within each round, median of {ROUNDS} rounds",
+            "protocol": f"one process, one thread, models in turn within each round; median of {ROUNDS}",
             "columns": columns,
             "rows": rows,
             "notes": notes,

@@ -26,7 +26,15 @@ __all__ = ["Adjoint", "Implicit", "OneStep", "Unrolled"]
 
 
 class Adjoint(Protocol):
-    """What :func:`geomlib.core.solve` asks of a way to differentiate."""
+    """What :func:`geomlib.core.solve` asks of a way to differentiate.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from geomlib.core import OneStep, solve
+    >>> solve(torch.cos, torch.ones(1, 1), adjoint=OneStep()).reason
+    'converged'
+    """
 
     def run(self, problem: Problem) -> Solution:
         """Solve and attach the gradient."""

@@ -18,7 +18,7 @@ __all__ = ["Monitor"]
 EVALUATIONS_PER_SYNC = 4
 # Evaluations between two looks for runaway samples when nothing else happens.
 EVALUATIONS_PER_PATROL = 16
-# A sample has diverged when its step |f(z) - z| exceeds this many times 1 + |z0| + its first step.
+# A sample has diverged when its step |f(z) - z| exceeds this many times floor + |z0| + its first step.
 RUNAWAY = 1e8
 
 
@@ -61,8 +61,7 @@ class Monitor:
         self.lost = torch.zeros_like(self.active)
         self.used = torch.zeros_like(self.best, dtype=torch.int64)
         self.residuals: list[Tensor] = []
-        # Best residual while a sample is active, -1 afterwards: one comparison tells improvement and freezes
-        # it.
+        # Best residual while a sample is active, -1 afterwards, so that nothing improves on it.
         self._bar = self.best
         self._ceiling = self.best
         self._strikes = torch.zeros_like(self.used)
@@ -118,7 +117,7 @@ class Monitor:
         self.residuals.append(residual)
         self.restart = self.rewind = None
         if self.steps == 1:
-            self._ceiling = RUNAWAY * (1.0 + torch.linalg.vector_norm(x, dim=1) + size)
+            self._ceiling = RUNAWAY * (self.floor + torch.linalg.vector_norm(x, dim=1) + size)
 
         if self.is_meta:
             self.value = image

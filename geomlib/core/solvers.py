@@ -27,7 +27,19 @@ PATIENCE = 3
 
 
 class Solver(Protocol):
-    """What :func:`geomlib.core.solve` asks of a solver: iterate until the monitor says stop."""
+    """What :func:`geomlib.core.solve` asks of a solver: iterate until the monitor says stop.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from geomlib.core import solve
+    >>> class Halfway:
+    ...     def run(self, f, x, monitor):
+    ...         while not monitor.observe(x, image := f(x), image - x):
+    ...             x = (x + image) / 2
+    >>> solve(lambda z: 2 - z, torch.zeros(1, 1), solver=Halfway()).value
+    tensor([[1.]])
+    """
 
     def run(self, f: Map, x: Tensor, monitor: Monitor) -> None:
         """Iterate ``x <- ...`` on ``(batch, n)`` states, reporting each evaluation to ``monitor``."""
@@ -273,13 +285,15 @@ class Broyden:
             residual = (image - x).unsqueeze(1)
             if monitor.observe(x, image, residual[:, 0]):
                 return
-            back = None
+            back, stale = None, rewound
             if monitor.restart is not None and monitor.rewind is not None:
-                left.masked_fill_(monitor.restart[:, None, None], 0.0)
-                right.masked_fill_(monitor.restart[:, None, None], 0.0)
+                again = monitor.restart[:, None, None]
+                left.masked_fill_(again, 0.0)
+                right.masked_fill_(again, 0.0)
                 back = monitor.rewind[:, None, None]
                 residual = residual.masked_fill_(back, 0.0)
-            stale = back if rewound is None else rewound if back is None else back | rewound
+                # The last step was made with the model just dropped, so it does not update the new one.
+                stale = again if rewound is None else again | rewound
 
             applied = _apply(left[:, :used], right[:, :used], residual)  # H residual with the old H
             if step is not None and old_residual is not None:
@@ -298,8 +312,7 @@ class Broyden:
                     )
                     if stale is not None:
                         usable = usable & ~stale
-                    # H change = applied + step, because step was -H old_residual; so step - H change =
-                    # -applied.
+                    # step was -H old_residual, so step - H change = -H residual.
                     column = torch.where(usable, -applied / denominator, 0.0)
                     row = torch.where(usable, row, 0.0)
                     left[:, used], right[:, used] = column[:, 0], row[:, 0]
