@@ -190,9 +190,11 @@ class TemporalConvBasis(nn.Module):
     ValueError
         If a count is below 1 or the dropout lies outside [0, 1); in `forward`, if the sequence does not fit.
 
-    Notes ----- Source: the temporal convolutional network of Bai, Kolter and Koltun (2018), which the
-    authors' code uses for the copy memory task (8 levels of 10 channels, kernel 8). Weights are normalised,
-    one gain for an output channel.
+    Notes
+    -----
+    Source: the temporal convolutional network of Bai, Kolter and Koltun (2018), which the authors' code
+    uses for the copy memory task (8 levels of 10 channels, kernel 8). Weights are normalised, one gain
+    for an output channel.
 
     Examples
     --------

@@ -46,8 +46,10 @@ class RandomFourierFeatures(nn.Module):
     ValueError
         If a size or the bandwidth is not positive, the width is odd or the kernel is unknown.
 
-    Notes ----- Source: the authors' public code of arXiv 2207.07475 (one matrix shared by cosine and sine);
-    Rahimi and Recht (2007). `trainable` is an addition, for ablations.
+    Notes
+    -----
+    Source: the authors' public code of arXiv 2207.07475 (one matrix shared by cosine and sine); Rahimi
+    and Recht (2007). `trainable` is an addition, for ablations.
 
     Examples
     --------

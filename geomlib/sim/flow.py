@@ -43,8 +43,10 @@ class Coupling(nn.Module):
     ValueError
         If `dim` is below 2 or `parity` is not 0 or 1.
 
-    Notes ----- Source: affine coupling of Dinh, Sohl-Dickstein and Bengio (2017), scale `exp(tanh(.))` so
-    that it cannot overflow.
+    Notes
+    -----
+    Source: affine coupling of Dinh, Sohl-Dickstein and Bengio (2017), scale `exp(tanh(.))` so that it
+    cannot overflow.
 
     Examples
     --------
@@ -134,8 +136,10 @@ def polar_advance(w: Tensor, angle: Tensor | float, decay: Tensor | float, t: Te
     ValueError
         If the last dimension of `w` is not 2.
 
-    Notes ----- Source: reconstructed. No smooth change of coordinates makes an attracting cycle linear, so
-    the block is linear in `(w / |w|, log |w|)` instead.
+    Notes
+    -----
+    Source: reconstructed. No smooth change of coordinates makes an attracting cycle linear, so the
+    block is linear in `(w / |w|, log |w|)` instead.
 
     Examples
     --------
@@ -182,8 +186,10 @@ class FlowSIM(nn.Module):
         For an unknown variant or counts that do not add up to `dim`; in the methods, for a state or
         condition that does not fit.
 
-    Notes ----- Source: reconstructed (not in arXiv 2207.07475): the paper's idea with an exact inverse in
-    place of the learned inverse basis, so that invariant sets can be drawn and rollouts do not drift.
+    Notes
+    -----
+    Source: reconstructed (not in arXiv 2207.07475): the paper's idea with an exact inverse in place of
+    the learned inverse basis, so that invariant sets can be drawn and rollouts do not drift.
 
     Examples
     --------
@@ -246,7 +252,7 @@ class FlowSIM(nn.Module):
 
     @property
     def decay(self) -> Tensor:
-        """Decay factors in one step, each in (0, 1): `(polar + decays,)`, log-radii first."""
+        """Decay factors in one step, shape `(polar + decays,)`, each in (0, 1), log-radii first."""
         return torch.sigmoid(self.decay_logit)
 
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:

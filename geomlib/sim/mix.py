@@ -29,17 +29,17 @@ _ILL_CONDITIONED = 1e4
 class SpectralMix(nn.Module):
     r"""A square map of `dim` features through `rank` spectral coordinates, with its spectrum under control.
 
-    ========  ==========================  ===============================  ==================
-    mode      map `M`                     what holds at every step          parameters
-    ========  ==========================  ===============================  ==================
-    free      `U V^T`                     nothing (the authors' block)      U, V
-    orth      `Q Q^T`, `Q = qr(U)`        `M M = M = M^T`                   U
-    oblique   `U (V^T U)^-1 V^T`          `M M = M`                         U, V
-    rotation  `U R (V^T U)^-1 V^T`        all `rank` eigenvalues on the     U, V, angle
-                                          unit circle
-    stable    `U diag(1, R, d R, d) U^-1` all `dim` eigenvalues in the      U (dim, dim),
-                                          unit disk, the split known        angle, decay
-    ========  ==========================  ===============================  ==================
+    ========  ============================  ===============================  ==================
+    mode      map `M`                       what holds at every step         parameters
+    ========  ============================  ===============================  ==================
+    free      `U V^T`                       nothing (the authors' block)     U, V
+    orth      `Q Q^T`, `Q = qr(U)`          `M M = M = M^T`                  U
+    oblique   `U (V^T U)^-1 V^T`            `M M = M`                        U, V
+    rotation  `U R (V^T U)^-1 V^T`          all `rank` eigenvalues on the    U, V, angle
+                                            unit circle
+    stable    `U diag(1, R, d R, d) U^-1`   all `dim` eigenvalues in the     U (dim, dim),
+                                            unit disk, the split known       angle, decay
+    ========  ============================  ===============================  ==================
 
     `R` are plane rotations and `d` numbers in (-1, 1). Feature vectors are rows of a batch, so that
     `forward(y) = y @ M.T`.

@@ -54,8 +54,10 @@ class SIM(nn.Module):
         For sizes that do not fit, an unknown mode or kernel; in `forward`, for an empty batch, integers or a
         width that does not fit, and, if asked, for numbers that are not finite.
 
-    Notes ----- Source: both models of the authors' public code, with the same layers and parameter counts
-    (mode `free`, init `default`). No term ties the decoder to the basis and nothing depends on an initial
+    Notes
+    -----
+    Source: both models of the authors' public code, with the same layers and parameter counts (mode
+    `free`, init `default`). No term ties the decoder to the basis and nothing depends on an initial
     state or a time. The other modes and the orthonormal start are reconstructed, see `SpectralMix`.
 
     Examples
