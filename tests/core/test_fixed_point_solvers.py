@@ -91,6 +91,19 @@ def test_anderson_on_an_affine_map_is_a_krylov_method():
     torch.testing.assert_close(solution.value, exact, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_anderson_in_one_unknown_is_the_secant_method(width):
+    """Also where the unknown is repeated, so that every difference after the first depends on the window."""
+    x = [0.0, 1.0]
+    for _ in range(4):
+        (a, b), (r, s) = x[-2:], (math.cos(x[-2]) - x[-2], math.cos(x[-1]) - x[-1])
+        x.append(b - s * (b - a) / (s - r))
+    seen = []
+    solve(lambda z: seen.append(z) or z.cos(), torch.zeros(1, width, dtype=torch.float64), tol=1e-7)
+    found = torch.cat(seen)[: len(x)]
+    torch.testing.assert_close(found, torch.tensor(x, dtype=torch.float64)[:, None].expand_as(found))
+
+
 def test_a_short_window_is_enough_for_a_symmetric_jacobian():
     f, u, W, _ = affine(0.99, width=40, symmetric=True)
     steps = [

@@ -46,6 +46,15 @@ def test_the_arnoldi_relation_holds_on_an_orthonormal_basis():
     torch.testing.assert_close(images, torch.bmm(hessenberg.mT, basis), rtol=0, atol=1e-12)
 
 
+def test_the_basis_stays_orthonormal_where_cancellation_is_worst():
+    """Next to the identity almost all of each product lies in the space already: one pass is not enough."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20, 20, generator=generator)
+    basis, _ = arnoldi(lambda v: v + 1e-4 * v @ noise, torch.randn(2, 20, generator=generator), steps=8)
+    gram = torch.bmm(basis, basis.mT)
+    torch.testing.assert_close(gram, torch.eye(9).expand_as(gram), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
 def test_the_spectral_radius_is_that_of_the_jacobian(shape, generator):
     f, u, W = tanh_cell(2.0, width=6)
