@@ -191,6 +191,14 @@ class OneStep:
         return replace(solution, value=value + (image - image.detach()))
 
 
+# The same words each time: Python shows a warning once for each place and text, and a training run has many
+# steps.
+_INEXACT = (
+    "implicit gradient not reached for some samples: the best iterate stands in for it; raise max_steps or tol "
+    "of Implicit, or make the map contract"
+)
+
+
 @dataclass(frozen=True)
 class _Backward:
     """How the adjoint equation is solved."""
@@ -274,7 +282,13 @@ def _solve_adjoint(image: Tensor, leaf: Tensor, grad: Tensor, backward: _Backwar
     with torch.no_grad():
         backward.solver.run(pull, g, monitor)
     solution = conclude(
-        monitor.value, monitor, backward.tol, None, throw=backward.throw, what="implicit gradient"
+        monitor.value,
+        monitor,
+        backward.tol,
+        None,
+        throw=backward.throw,
+        what="implicit gradient",
+        warning=_INEXACT,
     )
     return solution.value.view(grad.shape).to(grad.dtype)
 

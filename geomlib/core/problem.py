@@ -103,8 +103,11 @@ def conclude(
     *,
     throw: bool,
     what: str,
+    warning: str | None = None,
 ) -> Solution:
     """Make a :class:`Solution` of ``value`` and what ``monitor`` knows of it.
+
+    ``warning`` replaces the sentence with the numbers where the same warning should be shown once only.
 
     Raises
     ------
@@ -131,7 +134,7 @@ def conclude(
     message = describe_failure(solution, tol, rate, what)
     if throw:
         raise ConvergenceError(message, solution, rate)
-    warnings.warn(message, ConvergenceWarning, stacklevel=5)
+    warnings.warn(warning or message, ConvergenceWarning, stacklevel=5)
     return solution
 
 
