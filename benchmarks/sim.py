@@ -37,6 +37,7 @@ MAX_STEPS = 60
 BATCH = 64
 ROUNDS = 7
 GOAL = 5.0
+AUTHORS = "SIM, free"  # the block as the authors have it; the others are variants
 
 
 class TorchDEQ(nn.Module):
@@ -74,8 +75,8 @@ def contestants(width: int) -> dict[str, nn.Module]:
         return SIM(basis, width, 10, generator=generator, **options)
 
     return {
+        AUTHORS: sim(seed(), mode="free"),
         "SIM, orth": sim(seed(), mode="orth"),
-        "SIM, free": sim(seed(), mode="free"),
         "SIM, two-tier": sim(seed(), second_features=width),
         "MLP (SIM without mix)": sim(seed(), mix=False),
         "DEQ": DEQ(64, width, 10, tol=TOL, max_steps=MAX_STEPS, generator=seed()),
@@ -114,7 +115,7 @@ def steps_of(model: nn.Module) -> str:
     return "" if diagnostics is None else f"{diagnostics.mean_steps:.1f}"
 
 
-def compare(width: int) -> tuple[list[list[object]], float, float]:
+def compare(width: int) -> tuple[list[list[object]], dict[str, float]]:
     """Rows for one width, and how much faster SIM's epoch and inference are than DEQ's."""
     dataset = data.load("digits", flatten=True)
     x, y = dataset.train.x, dataset.train.y
@@ -143,15 +144,16 @@ def compare(width: int) -> tuple[list[list[object]], float, float]:
                 *[_ratio(timing, name) for timing in (epochs, passes)],
             ]
         )
-    return (
-        rows,
-        epochs["SIM, orth"].times_faster_than(epochs["DEQ"]),
-        passes["SIM, orth"].times_faster_than(passes["DEQ"]),
-    )
+    ratios = {
+        f"the {what} of {sim}": timings[sim].times_faster_than(timings["DEQ"])
+        for sim in (AUTHORS, "SIM, orth")
+        for what, timings in (("training epoch", epochs), ("inference", passes))
+    }
+    return rows, ratios
 
 
 def _ratio(timings: dict[str, Timing], name: str) -> str:
-    return f"{timings['SIM, orth'].times_faster_than(timings[name]):.2f}"
+    return f"{timings[AUTHORS].times_faster_than(timings[name]):.2f}"
 
 
 if __name__ == "__main__":
@@ -162,14 +164,15 @@ if __name__ == "__main__":
         "inference on the whole test split at once, after those epochs",
         f"equilibria to a relative residual of {TOL:.0e}, at most {MAX_STEPS} steps; mean steps in inference",
         "one batch of inference waits for its slowest sample; the mean hides it",
+        "after eight epochs, unregularised, the accuracy of a DEQ still moves by points an epoch",
     ]
     for width in (64, 128):
-        found, epoch, inference = compare(width)
+        found, ratios = compare(width)
         rows += found
-        for what, ratio in (("training epoch", epoch), ("inference", inference)):
+        for what, ratio in ratios.items():
             verdict = "reached" if ratio >= GOAL else "missed"
             notes.append(
-                f"width {width}: SIM's {what} is {ratio:.1f} times as fast as DEQ's; goal {GOAL}: {verdict}"
+                f"width {width}: {what} is {ratio:.1f} times as fast as DEQ's; goal {GOAL}: {verdict}"
             )
     columns = [
         "model",
@@ -180,8 +183,8 @@ if __name__ == "__main__":
         "mean steps",
         "saved kB",
         "accuracy %",
-        "SIM's epoch faster by",
-        "SIM's inference faster by",
+        "epoch, times SIM free's",
+        "inference, times SIM free's",
     ]
     title = "A stable invariant model beside equilibrium models"
     show(title, columns, rows)
