@@ -110,19 +110,28 @@ class Plain:
     def block(self, lines: Iterator[str], until: str | None) -> list[str]:
         """Rewrite lines up to the fence that closes the directive they stand in."""
         out: list[str] = []
+        words: list[str] = []  # of one paragraph or more: a link may run over the end of a line
+
+        def flush() -> None:
+            out.extend(self.inline("\n".join(words)).split("\n") if words else [])
+            words.clear()
+
         for line in lines:
             if until and line.strip() == until:
                 break
             if match := OPEN.match(line):
+                flush()
                 out += self.directive(match[1], match[2], match[3], lines)
             elif line.startswith("```"):
+                flush()
                 out.append(line)
                 for code in lines:
                     out.append(code)
                     if code.startswith("```"):
                         break
             elif not LABEL.match(line) and not line.startswith("% "):
-                out.append(self.inline(line))
+                words.append(line)
+        flush()
         return out
 
     def directive(self, fence: str, name: str, argument: str, lines: Iterator[str]) -> list[str]:
@@ -153,11 +162,11 @@ class Plain:
         """Return the words for a label."""
         return self.targets[label].words
 
-    def inline(self, line: str) -> str:
-        """Rewrite roles, links and equation labels in one line."""
-        line = ROLE.sub(self.role, line)
-        line = EQUATION.sub(lambda match: rf"\tag{{{self.words(match[1]).strip('()')}}} $$", line)
-        return LINK.sub(self.link, line)
+    def inline(self, text: str) -> str:
+        """Rewrite roles, links and equation labels in running text."""
+        text = ROLE.sub(self.role, text)
+        text = EQUATION.sub(lambda match: rf"\tag{{{self.words(match[1]).strip('()')}}} $$", text)
+        return LINK.sub(self.link, text)
 
     def role(self, match: re.Match[str]) -> str:
         """Return a role as the words or the link that it stands for."""

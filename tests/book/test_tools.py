@@ -135,6 +135,10 @@ def test_text_of_outputs_names_no_place() -> None:
         (":::{note}\nMind the step.\n:::", "> **Note**\n>\n> Mind the step."),
         ("(sec-here)=\n## Here", "## Here"),
         ("[glossary](../appendix/glossary.md)", "[glossary]({url}/blob/main/book/appendix/glossary.md)"),
+        (
+            "see [the\nglossary](../appendix/glossary.md)",
+            "see [the\nglossary]({url}/blob/main/book/appendix/glossary.md)",
+        ),
         ("{math}`x^2` and {term}`state`", "$x^2$ and state"),
         ("{cite}`konishi2023sim`", "[reference](https://arxiv.org/abs/2207.07475)"),
         ("```python\n:::{note}\n```", "```python\n:::{note}\n```"),
