@@ -194,8 +194,8 @@ class OneStep:
 # The same words each time: Python shows a warning once for each place and text, and a training run has many
 # steps.
 _INEXACT = (
-    "implicit gradient not reached for some samples: the best iterate stands in for it; raise max_steps or tol "
-    "of Implicit, or make the map contract"
+    "implicit gradient not reached for some samples: the best iterate stands in for it; "
+    "raise max_steps or tol of Implicit, or make the map contract"
 )
 
 

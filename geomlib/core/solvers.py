@@ -20,8 +20,10 @@ __all__ = ["Anderson", "Broyden", "Picard", "Solver"]
 
 Map = Callable[[Tensor], Tensor]
 
-# A restart is due when a sample's residual exceeds its best by this factor ...
+# A restart is due when a sample's residual exceeds its best by this factor. Broyden's residual rises on its
+# way down, and a restart throws away what the rise has taught ...
 GROWTH = 2.0
+BROYDEN_GROWTH = 100.0
 # ... and a sample is given up after this many evaluations that ran away or were not finite.
 PATIENCE = 3
 
@@ -255,7 +257,8 @@ class Broyden:
     Notes
     -----
     Source: Broyden 1965, in the Sherman-Morrison form. Reconstructed: updates with a vanishing denominator
-    are skipped per sample, and a sample whose residual grows to twice its best starts again.
+    are skipped per sample, and a sample whose residual grows to a hundred times its best
+    starts again.
 
     Examples
     --------
@@ -274,7 +277,7 @@ class Broyden:
         """Iterate until ``monitor`` says stop."""
         batch, n = x.shape
         eps = torch.finfo(x.dtype).eps
-        monitor.allow(GROWTH, PATIENCE)
+        monitor.allow(BROYDEN_GROWTH, PATIENCE)
         # H = -I + sum_i left_i right_i^T approximates the inverse of f' - I.
         left, right = x.new_zeros(batch, self.memory, n), x.new_zeros(batch, self.memory, n)
         step = old_residual = None
