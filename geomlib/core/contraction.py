@@ -69,9 +69,8 @@ class _Contractive(nn.Module):
         # that.
         roundoff = torch.finfo(raw.dtype).eps / 2 + 2 * torch.finfo(bound.dtype).eps
         allowance = 1 + roundoff * math.prod(raw.shape[2:]) * math.sqrt(min(raw.shape[:2]))
-        allowance += (
-            8 * torch.finfo(torch.float64).eps * raw.numel()
-        )  # room for the rounding of the certificate
+        # Room for the rounding of the certificate, which is computed anew in double precision.
+        allowance += 8 * torch.finfo(torch.float64).eps * raw.numel()
         scale = (self.kappa / (bound * allowance)).clamp_max(1.0)
         return (raw.to(scale.dtype) * scale).to(raw.dtype)
 

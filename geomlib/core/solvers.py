@@ -257,8 +257,8 @@ class Broyden:
     Notes
     -----
     Source: Broyden 1965, in the Sherman-Morrison form. Reconstructed: updates with a vanishing denominator
-    are skipped per sample, and a sample whose residual grows to a hundred times its best
-    starts again.
+    are skipped per sample, and a sample whose residual grows to a hundred times its best starts
+    again.
 
     Examples
     --------
