@@ -265,6 +265,16 @@ def test_mixed_devices_raise(emulated, mix):
         mix(torch.ones(3, device=emulated), torch.ones(3))
 
 
+def test_factories_give_the_values_of_the_cpu(emulated):
+    assert torch.equal(torch.eye(2, 3, device=emulated).cpu(), torch.eye(2, 3))
+    assert torch.equal(torch.arange(1, 7, 2, device=emulated).cpu(), torch.arange(1, 7, 2))
+
+
+def test_a_result_that_would_be_resized_is_refused(emulated):
+    with pytest.raises(NotImplementedError, match="resized"):
+        torch.add(torch.ones(3, device=emulated), 1, out=torch.empty(0, device=emulated))
+
+
 def test_mixed_devices_raise_in_backward(emulated):
     class Careless(torch.autograd.Function):
         @staticmethod

@@ -220,6 +220,8 @@ def _dispatch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if asked is not None and to_emulated:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     result = op(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+    if any(t.raw.shape != t.shape for t in emulated.values()):
+        raise NotImplementedError(f"{op} resized a tensor that it was given, which is not emulated")
     if op is _aten.copy_.default:
         return args[0]
 
@@ -262,10 +264,17 @@ def _waits(op: Any, args: tuple[Any, ...], to_emulated: bool) -> bool:
 class _PythonData(TorchFunctionMode):
     """Make tensors of Python numbers on the CPU and move them, which torch cannot do for such a device.
 
-    They come by ``torch.tensor(data, device="emulated")`` and by ``x[[0, 2]] = number``.
+    They come by ``torch.tensor(data, device="emulated")`` and by ``x[[0, 2]] = number``. The same holds for
+    ``eye`` and ``arange``, which torch makes empty first and then resizes.
     """
 
-    _FACTORIES: tuple[Callable[..., Tensor], ...] = (torch.tensor, torch.as_tensor, torch.asarray)
+    _FACTORIES: tuple[Callable[..., Tensor], ...] = (
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        torch.eye,
+        torch.arange,
+    )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
