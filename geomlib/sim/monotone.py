@@ -90,7 +90,7 @@ class MonDEQ(nn.Module):
 
     def weight(self) -> Tensor:
         """`W`, `(width, width)`, whose symmetric part is at most `1 - monotonicity`."""
-        identity = torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
+        identity = torch.diag(self.A.new_ones(len(self.A)))
         return (1 - self.monotonicity) * identity - self.A.T @ self.A + self.B - self.B.T
 
     def cell(self, z: Tensor, u: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def peaceman_rachford(
     >>> round(z.item(), 4)
     2.0
     """
-    identity = torch.eye(len(W), dtype=W.dtype, device=W.device)
+    identity = torch.diag(W.new_ones(len(W)))
     resolvent = torch.linalg.inv(2 * identity - W)  # used every step; eigenvalues of 2I - W exceed 1
     z, v = start, start
     steps = torch.full(u.shape[:1], max_steps, dtype=torch.int64, device=u.device)
@@ -209,7 +209,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         W, z = ctx.saved_tensors
         active = (z > 0).to(z.dtype)
-        identity = torch.eye(len(W), dtype=W.dtype, device=W.device)
+        identity = torch.diag(W.new_ones(len(W)))
         # y = (I - W^T D)^{-1} g, one system a sample; the gradient of u is D y.
         y = torch.linalg.solve(identity - W.T * active[:, None, :], grads[0][..., None])[..., 0]
         through = active * y
