@@ -117,7 +117,7 @@ def steps_of(model: nn.Module) -> str:
 
 
 def compare(width: int) -> tuple[list[list[object]], dict[str, float], float]:
-    """Rows for one width, and how much faster than DEQ's SIM's epoch and inference and the control's epoch are."""
+    """Rows for one width; ratios to DEQ of SIM's epoch and inference; the ratio of the control's epoch."""
     dataset = data.load("digits", flatten=True)
     x, y = dataset.train.x, dataset.train.y
     models = contestants(width)
