@@ -245,6 +245,7 @@ def speed(rounds: int) -> dict[str, object]:
     rows, reasons = [], []
     for kind, spectrum, batch, width in (
         ("affine", "symmetric", 32, 256),
+        ("affine", "Gaussian", 32, 256),
         ("tanh", "symmetric", 64, 128),
         ("tanh", "Gaussian", 64, 128),
     ):
