@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,9 +28,11 @@ from geomlib.lab import checkpoints
 from geomlib.lab.data import Samples, Split
 from geomlib.lab.steps import Batch, Totals, TrainingError, batches, own_randomness, seed_epoch
 
-__all__ = ["History", "Loss", "TrainingError", "cosine", "evaluate", "fit"]
+__all__ = ["History", "Loss", "Scores", "TrainingError", "cosine", "evaluate", "fit", "one_cycle"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+# The output is a tensor for most models; a model that returns more has a loss that takes it whole.
+Loss = Callable[[Any, Tensor], Tensor]
+Scores = Callable[[Any], Tensor]
 
 
 @dataclass
@@ -95,6 +98,8 @@ def fit(
     max_steps: int | None = None,
     on_epoch: Callable[[int, History], object] | None = None,
     extra_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    scores: Scores | None = None,
+    clip_norm: float | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model and return what happened.
@@ -136,6 +141,11 @@ def fit(
         ``on_epoch(epoch, history)`` after each epoch, counted from 1.
     extra_loss : callable, optional
         ``extra_loss(model, x, y)`` is added to the loss, a penalty for example.
+    scores : callable, optional
+        Takes the class scores out of what the model returns, for the accuracy. By default they are what it
+        returns.
+    clip_norm : float, optional
+        Scale the gradient down to this Euclidean norm where it is longer.
     progress : bool, optional
         Show a bar. By default only where somebody watches: in a terminal or in Colab, not in CI.
 
@@ -161,7 +171,7 @@ def fit(
     >>> len(history), history.loss[-1] < history.loss[0]
     (3, True)
     """
-    _check(train, epochs, batch_size, max_steps, mixed_precision)
+    _check(train, epochs, batch_size, max_steps, mixed_precision, clip_norm)
     accelerator = _accelerator(mixed_precision)
     origin = next(model.parameters()).device
     device = accelerator.device if origin.type == "cpu" else origin
@@ -206,8 +216,10 @@ def fit(
                     value = value + extra_loss(model, batch.x, batch.y)
             stepper.zero_grad()
             accelerator.backward(value * batch.weight)
+            if clip_norm is not None:
+                accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
             stepper.step()
-            totals.add(value, output, batch)
+            totals.add(value, output if scores is None else scores(output), batch)
         mean, accuracy = totals.means(accelerator)
         history.loss.append(mean)
         history.accuracy.append(accuracy)
@@ -221,7 +233,7 @@ def fit(
                     break
                 cut = train_epoch(epoch)
                 if test is not None:
-                    mean, accuracy = evaluate(model, test, loss=loss)
+                    mean, accuracy = evaluate(model, test, loss=loss, scores=scores)
                     history.test_loss.append(mean)
                     history.test_accuracy.append(accuracy)
                 if checkpoint is not None and not cut and accelerator.is_main_process:
@@ -238,7 +250,12 @@ def fit(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, samples: Samples, *, batch_size: int = 512, loss: Loss = cross_entropy
+    model: nn.Module,
+    samples: Samples,
+    *,
+    batch_size: int = 512,
+    loss: Loss = cross_entropy,
+    scores: Scores | None = None,
 ) -> tuple[float, float]:
     """Return the mean loss and the accuracy of a model in evaluation mode, where the model stands.
 
@@ -252,6 +269,8 @@ def evaluate(
         Samples at a time.
     loss : callable
         ``loss(output, y)``, a mean over the batch.
+    scores : callable, optional
+        Takes the class scores out of what the model returns. By default they are the output.
 
     Returns
     -------
@@ -275,7 +294,8 @@ def evaluate(
         x, y = samples[index]
         x, y = x.to(device), y.to(device)
         output = model(x)
-        totals.add(loss(output, y), output, Batch(x, y, counted=len(y), weight=1.0))
+        found = output if scores is None else scores(output)
+        totals.add(loss(output, y), found, Batch(x, y, counted=len(y), weight=1.0))
     model.train(training)
     return totals.means()
 
@@ -310,6 +330,45 @@ def cosine(warmup: float = 0.0) -> Callable[[float], float]:
     return factor
 
 
+def one_cycle(warmup: float = 0.3, start: float = 0.04, end: float = 4e-6) -> Callable[[float], float]:
+    """Return a schedule: half a cosine from ``start`` to 1 during ``warmup``, then half a cosine to ``end``.
+
+    Parameters
+    ----------
+    warmup : float
+        Share of the training that the rate rises, in (0, 1).
+    start, end : float
+        First and last factor, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If one of them lies outside.
+
+    Notes
+    -----
+    Source: Smith and Topin (2019, arXiv 1708.07120), with the defaults of torch's ``OneCycleLR``.
+
+    Examples
+    --------
+    >>> from geomlib.lab.training import one_cycle
+    >>> [round(one_cycle()(t), 2) for t in (0.0, 0.15, 0.3, 0.65, 1.0)]
+    [0.04, 0.52, 1.0, 0.5, 0.0]
+    """
+    if not 0 < warmup < 1:
+        raise ValueError(f"warmup must lie in (0, 1), got {warmup}: the rate must rise and come down")
+    for name, value in {"start": start, "end": end}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}: the peak of the schedule is 1")
+
+    def factor(progress: float) -> float:
+        if progress < warmup:
+            return start + (1 - start) * 0.5 * (1 - math.cos(math.pi * progress / warmup))
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+    return factor
+
+
 def _accelerator(mixed_precision: str) -> Accelerator:
     # Accelerate keeps its settings for the life of the process and refuses another precision; a chapter may
     # train one model in each.
@@ -324,13 +383,20 @@ def _accelerator(mixed_precision: str) -> Accelerator:
 
 
 def _check(
-    samples: Samples, epochs: int, batch_size: int, max_steps: int | None, mixed_precision: str
+    samples: Samples,
+    epochs: int,
+    batch_size: int,
+    max_steps: int | None,
+    mixed_precision: str,
+    clip_norm: float | None,
 ) -> None:
     if len(samples) == 0:
         raise ValueError("train must hold samples, got none: there is nothing to learn from")
     for name, value in {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}: nothing would be trained")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}: no step would be taken")
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise ValueError(
             f"mixed_precision must be no, bf16 or fp16, got {mixed_precision!r}: it names no format"

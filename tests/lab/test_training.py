@@ -14,7 +14,7 @@ from torch import nn
 import geomlib
 from geomlib.lab import checkpoints, training
 from geomlib.lab.data import Split
-from geomlib.lab.training import History, cosine, evaluate, fit
+from geomlib.lab.training import History, cosine, evaluate, fit, one_cycle
 from geomlib.testing import count_host_syncs
 
 
@@ -111,6 +111,47 @@ def test_extra_loss_is_added_and_learned():
     assert penalised[0].weight.norm() < plain[0].weight.norm() / 2
 
 
+class Twice(nn.Module):
+    """Returns class scores at two depths, as a model that may stop early does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = network()
+
+    def forward(self, x):
+        y = self.layer(x)
+        return torch.stack([torch.zeros_like(y), y], dim=1)
+
+
+def test_a_model_may_return_more_than_its_scores():
+    def last(output):
+        return output[:, -1]
+
+    def loss(output, y):
+        return nn.functional.cross_entropy(last(output), y)
+
+    plain, twice = network(), Twice()
+    expected = fit(plain, blobs(), blobs(), epochs=2)
+    found = fit(twice, blobs(), blobs(), epochs=2, loss=loss, scores=last)
+    assert curve(found) == curve(expected)
+    assert evaluate(twice, blobs(), loss=loss, scores=last) == evaluate(plain, blobs())
+
+
+def test_the_gradient_is_clipped_to_the_norm(device):
+    model, split = network().to(device), blobs()
+    before = weights(model)
+    rate = torch.optim.SGD(model.parameters(), lr=1.0)
+    fit(model, split, epochs=1, batch_size=len(split), optimizer=rate, clip_norm=1e-3)
+    parameters = {name for name, _ in model.named_parameters()}
+    moved = [
+        (new - old).square().sum()
+        for name, new, old in zip(model.state_dict(), weights(model), before, strict=True)
+        if name in parameters
+    ]
+    # The gradient is far longer than this norm, so the step has its length exactly.
+    torch.testing.assert_close(torch.stack(moved).sum().sqrt(), torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
 def test_regression_has_a_loss_and_no_accuracy():
     x = torch.randn(40, 2)
     history = fit(nn.Linear(2, 1), Split(x, x.sum(1, keepdim=True)), epochs=2, loss=nn.functional.mse_loss)
@@ -149,6 +190,25 @@ def test_a_schedule_sets_the_rate_of_each_step():
         extra_loss=lambda m, x, y: (rates.append(optimizer.param_groups[0]["lr"]), x.sum() * 0)[1],
     )
     assert rates == [0.5, 0.375, 0.25, 0.125]
+
+
+def test_one_cycle_is_that_of_torch():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    steps = 40
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=steps)
+    # torch reaches its peak and its end at whole steps, one step before the share of the progress.
+    ours = one_cycle(warmup=(0.3 * steps - 1) / (steps - 1))
+    for step in range(steps):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(ours(step / (steps - 1)), abs=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("bad", [{"warmup": 0.0}, {"warmup": 1.0}, {"start": 1.0}, {"end": -0.1}])
+def test_one_cycle_refuses_what_does_not_rise_and_fall(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        one_cycle(**bad)
 
 
 def test_cosine_refuses_a_warm_up_without_end():
@@ -346,6 +406,7 @@ def test_a_loss_that_is_no_number_stops_with_epoch_and_step():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"mixed_precision": "int4"}, "mixed_precision must be"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(change, words):
