@@ -201,8 +201,8 @@ def load(
     ----------
     name : str
         ``"digits"`` (1797 pictures of 8 x 8, no network), ``"mnist1d"`` (5000 series of length 40, no
-        network), ``"fashion_mnist"`` (70000 of 28 x 28), ``"cifar10"`` (60000 of 3 x 32 x 32) or
-        ``"image_folder"`` (files sorted by class under ``root``).
+        network), ``"fashion_mnist"`` (70000 of 28 x 28), ``"cifar10"`` and ``"cifar100"`` (60000 of
+        3 x 32 x 32) or ``"image_folder"`` (files sorted by class under ``root``).
     root : str or Path, optional
         Searched first; the folder itself for ``"image_folder"``.
     train_size, test_size : int, optional

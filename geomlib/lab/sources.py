@@ -19,7 +19,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,9 +29,12 @@ from torch import Tensor
 
 from geomlib.lab.sampling import stratified
 
+if TYPE_CHECKING:
+    import torchvision
+
 __all__ = ["NAMES", "Arrays", "Images", "arrays", "cache_folder", "image_folder"]
 
-NAMES = ("digits", "mnist1d", "fashion_mnist", "cifar10", "image_folder")
+NAMES = ("digits", "mnist1d", "fashion_mnist", "cifar10", "cifar100", "image_folder")
 
 DEBIAN = Path("/usr/share/datasets")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -92,7 +97,7 @@ def arrays(name: str, *, root: str | Path | None = None, download: bool = True) 
     FileNotFoundError
         If no place has it and it cannot be downloaded.
     ValueError
-        If the name is not one of ``digits``, ``mnist1d``, ``fashion_mnist`` and ``cifar10``.
+        If the name is not one of ``digits``, ``mnist1d``, ``fashion_mnist``, ``cifar10`` and ``cifar100``.
 
     Examples
     --------
@@ -278,16 +283,21 @@ def _idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def _cifar10(place: Path) -> Arrays | None:
-    from torchvision.datasets import CIFAR10
+def _cifar(kind: str) -> type[torchvision.datasets.CIFAR10]:
+    from torchvision import datasets
 
-    if not (place / CIFAR10.base_folder).is_dir():
+    return {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}[kind]
+
+
+def _read_cifar(kind: str, place: Path) -> Arrays | None:
+    source = _cifar(kind)
+    if not (place / source.base_folder).is_dir():
         return None
     try:
         # torchvision compares each file with its checksum before it reads it.
-        train, test = (CIFAR10(place, train=part) for part in (True, False))
+        train, test = (source(place, train=part) for part in (True, False))
     except RuntimeError as error:
-        raise OSError(f"{place / CIFAR10.base_folder} is damaged: delete it and load again") from error
+        raise OSError(f"{place / source.base_folder} is damaged: delete it and load again") from error
     return Arrays(
         train_x=torch.from_numpy(train.data).permute(0, 3, 1, 2),
         train_y=torch.tensor(train.targets),
@@ -297,16 +307,14 @@ def _cifar10(place: Path) -> Arrays | None:
     )
 
 
+def _fetch_cifar(kind: str, folder: Path) -> None:
+    _cifar(kind)(folder, download=True)
+
+
 def _fetch_fashion_mnist(folder: Path) -> None:
     from torchvision.datasets import FashionMNIST
 
     FashionMNIST(folder, download=True)
-
-
-def _fetch_cifar10(folder: Path) -> None:
-    from torchvision.datasets import CIFAR10
-
-    CIFAR10(folder, download=True)
 
 
 _CLOTHES = (
@@ -322,9 +330,15 @@ _FILES = {
     ),
     "cifar10": _Files(
         "cifar-10-batches-py",
-        _cifar10,
-        _fetch_cifar10,
+        partial(_read_cifar, "CIFAR10"),
+        partial(_fetch_cifar, "CIFAR10"),
         "Unpack cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into that cache.",
+    ),
+    "cifar100": _Files(
+        "cifar-100-python",
+        partial(_read_cifar, "CIFAR100"),
+        partial(_fetch_cifar, "CIFAR100"),
+        "Unpack cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html into that cache.",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Data sets are found where they should be, standardised, subsampled fairly, and missed with good advice."""
 
 import gzip
+import pickle
 import random
 import shutil
 import struct
@@ -194,12 +195,45 @@ def test_damaged_files_are_named(tmp_path, cut, packed):
         data.load("fashion_mnist", root=tmp_path / "here")
 
 
-def test_damaged_pickles_are_never_opened(tmp_path):
-    folder = tmp_path / "here" / "cifar-10-batches-py"
+CIFAR = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", "data_batch_1", "labels"),
+    "cifar100": ("CIFAR100", "cifar-100-python", "train", "fine_labels"),
+}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_damaged_pickles_are_never_opened(tmp_path, name):
+    _, folder, first, _ = CIFAR[name]
+    folder = tmp_path / "here" / folder
     folder.mkdir(parents=True)
-    (folder / "data_batch_1").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    (folder / first).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(OSError, match="is damaged"):
-        data.load("cifar10", root=tmp_path / "here")
+        data.load(name, root=tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_small_colour_pictures_are_read(tmp_path, monkeypatch, name):
+    from torchvision import datasets
+
+    kind, folder, _, label = CIFAR[name]
+    source = getattr(datasets, kind)
+    place = tmp_path / "here" / folder
+    place.mkdir(parents=True)
+    names = [f"class {i}" for i in range(3)]
+    pictures = np.arange(6 * 3072, dtype=np.uint8).reshape(6, 3072)
+    for file, _ in source.train_list + source.test_list:
+        content = {"data": pictures, label: [0, 1, 2, 0, 1, 2]}
+        (place / file).write_bytes(pickle.dumps(content))
+    (place / source.meta["filename"]).write_bytes(pickle.dumps({source.meta["key"]: names}))
+    # The files are ours, so their checksums are not the published ones.
+    monkeypatch.setattr(source, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, checksum: True)
+    loaded = data.load(name, root=tmp_path / "here", download=False)
+    assert loaded.shape == (3, 32, 32)
+    assert loaded.classes == tuple(names)
+    assert len(loaded.train) == 6 * len(source.train_list)
+    raw = sources.arrays(name, root=tmp_path / "here", download=False)
+    assert torch.equal(raw.test_x[1], torch.from_numpy(pictures[1]).view(3, 32, 32))
 
 
 # The network
