@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
+from geomlib.frost.model import Trajectory
+
 __all__ = [
     "HaltingLoss",
     "LossParts",
     "RankLosses",
-    "Unrolled",
     "feature_ranks",
     "plackett_luce",
     "rank_losses",
@@ -31,18 +32,6 @@ __all__ = [
 Pairs = Literal["global", "per_step", "sample"]
 Kind = Literal["hinge", "ranknet", "listmle"]
 Target = Literal["loss", "regret"]
-
-
-class Unrolled(Protocol):
-    """What the losses read of a trajectory: `logits` `(N, T, K)` and halting logits `scores` `(N, T)`."""
-
-    @property
-    def logits(self) -> Tensor:
-        """Class scores of every step."""
-
-    @property
-    def scores(self) -> Tensor:
-        """Halting logits of every step."""
 
 
 class RankLosses(NamedTuple):
@@ -290,12 +279,9 @@ class HaltingLoss:
 
     Examples
     --------
-    >>> from typing import NamedTuple
-    >>> class Trajectory(NamedTuple):
-    ...     logits: Tensor
-    ...     scores: Tensor
     >>> loss = HaltingLoss(pairs="global")
-    >>> loss(Trajectory(torch.zeros(3, 2, 4), torch.zeros(3, 2)), torch.tensor([0, 1, 2]))
+    >>> trajectory = Trajectory(torch.zeros(3, 2, 4), torch.zeros(3, 2), state=torch.zeros(3, 5))
+    >>> loss(trajectory, torch.tensor([0, 1, 2]))
     tensor(1.9422)
     >>> loss.last
     LossParts(task=tensor(1.3863), relative=tensor(0.2000), absolute=tensor(1.3863))
@@ -330,13 +316,13 @@ class HaltingLoss:
         self.last: LossParts | None = None
         self.dropped: Tensor | None = None
 
-    def __call__(self, trajectory: Unrolled, y: Tensor) -> Tensor:
+    def __call__(self, trajectory: Trajectory, y: Tensor) -> Tensor:
         """Return the loss of a trajectory, a scalar.
 
         Parameters
         ----------
         trajectory
-            With `logits` `(N, T, K)` and `scores` `(N, T)`.
+            What a model of this room returns.
         y
             Classes `(N,)`.
         """
