@@ -6,17 +6,14 @@ learned from ranks says when a resolution is good enough. `Frost` is the model, 
 
 from geomlib.frost.architectures import KINDS, Options, image, resnet50, sequence, vector, vit_b16
 from geomlib.frost.baselines import BasicSSM, Recurrent, Vanilla
+from geomlib.frost.certified import ACTIVATIONS, Certified, max_min, normalised, orthogonal
 from geomlib.frost.model import MODES, Context, Frost, Trajectory, Unrolled
 from geomlib.frost.transitions import (
-    ACTIVATIONS,
     AttentionBlock,
     Block,
     Bottleneck,
-    Certified,
     Prepared,
     Transition,
-    max_min,
-    normalised,
 )
 
 __all__ = [
@@ -40,6 +37,7 @@ __all__ = [
     "image",
     "max_min",
     "normalised",
+    "orthogonal",
     "resnet50",
     "sequence",
     "vector",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from geomlib.frost.baselines import BasicSSM, Recurrent, Vanilla
+from geomlib.frost.certified import Certified, Parametrisation
 from geomlib.frost.model import MODES, Frost, Unrolled, linear
 from geomlib.frost.transitions import (
     AttentionBlock,
     Block,
     Bottleneck,
-    Certified,
     Transition,
     channel_norm,
     uniform,
@@ -63,6 +63,7 @@ def vector(
     kappa: float = 0.9,
     expansion: int = 2,
     activation: str = "relu",
+    parametrisation: Parametrisation = "normalised",
     **options: Unpack[Options],
 ) -> Unrolled:
     """Build a model of vectors: `Linear`, layer norm and ReLU, then dense blocks.
@@ -77,7 +78,7 @@ def vector(
         Of a forward pass.
     mode : str
         One of `KINDS`.
-    kappa, activation
+    kappa, activation, parametrisation
         Of the certified transition.
     expansion : int
         Hidden channels are `expansion * width`.
@@ -105,10 +106,11 @@ def vector(
     torch.Size([5, 12, 10])
     """
     where = _where(options)
+    contract: dict[str, Any] = {"kappa": kappa, "activation": activation, "parametrisation": parametrisation}
     return _assemble(
         _Pointwise(in_features, width, axes=0, norm=True, **where),
         lambda: Block(width, expansion=expansion, **where),
-        lambda: Certified(width, hidden=(expansion * width,), kappa=kappa, activation=activation, **where),
+        lambda: Certified(width, hidden=(expansion * width,), **contract, **where),
         width,
         classes,
         mode,
@@ -131,6 +133,7 @@ def sequence(
     kappa: float = 0.98,
     expansion: int = 2,
     activation: str = "relu",
+    parametrisation: Parametrisation = "normalised",
     **options: Unpack[Options],
 ) -> Unrolled:
     """Build a model of sequences: a pointwise stem, then blocks of two convolutions.
@@ -149,7 +152,7 @@ def sequence(
         Where class and halting score are read, None for the mean of all places.
     mode : str
         One of `KINDS`.
-    kappa, activation
+    kappa, activation, parametrisation
         Of the certified transition.
     expansion : int
         Hidden channels are `expansion * width`.
@@ -178,12 +181,11 @@ def sequence(
     """
     where = _where(options)
     sizes: dict[str, Any] = {"axes": 1, "kernel_size": kernel_size, "dilation": dilation}
+    contract: dict[str, Any] = {"kappa": kappa, "activation": activation, "parametrisation": parametrisation}
     return _assemble(
         _Pointwise(in_channels, width, axes=1, norm=False, **where),
         lambda: Block(width, expansion=expansion, **sizes, **where),
-        lambda: Certified(
-            width, hidden=(expansion * width,), kappa=kappa, activation=activation, **sizes, **where
-        ),
+        lambda: Certified(width, hidden=(expansion * width,), **contract, **sizes, **where),
         width,
         classes,
         mode,
@@ -205,6 +207,7 @@ def image(
     kappa: float = 0.9,
     expansion: int = 2,
     activation: str = "relu",
+    parametrisation: Parametrisation = "normalised",
     **options: Unpack[Options],
 ) -> Unrolled:
     """Build a model of images: patches, channel norm and ReLU, then blocks of two convolutions, mean read.
@@ -223,7 +226,7 @@ def image(
         Of both convolutions.
     mode : str
         One of `KINDS`.
-    kappa, activation
+    kappa, activation, parametrisation
         Of the certified transition.
     expansion : int
         Hidden channels are `expansion * width`.
@@ -252,12 +255,11 @@ def image(
     """
     where = _where(options)
     sizes: dict[str, Any] = {"axes": 2, "kernel_size": kernel_size}
+    contract: dict[str, Any] = {"kappa": kappa, "activation": activation, "parametrisation": parametrisation}
     return _assemble(
         _Patches(in_channels, width, patch, stride=patch, **where),
         lambda: Block(width, expansion=expansion, **sizes, **where),
-        lambda: Certified(
-            width, hidden=(expansion * width,), kappa=kappa, activation=activation, **sizes, **where
-        ),
+        lambda: Certified(width, hidden=(expansion * width,), **contract, **sizes, **where),
         width,
         classes,
         mode,

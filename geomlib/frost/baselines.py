@@ -193,4 +193,5 @@ class BasicSSM(_Tied):
 
     def step(self, state: Tensor, context: Context, t: int = 1) -> Tensor:
         """Apply the block once; `t` is ignored."""
+        assert context.bx is not None
         return state + context.bx + self.transition(state, Prepared(context.rows, context.shared))

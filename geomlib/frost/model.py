@@ -140,7 +140,7 @@ class Unrolled(nn.Module):
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         if couple:
             self.B, self.C, self.D = (linear(width, width, bias=False, **options) for _ in range(3))
-        norm = {"device": device, "dtype": dtype}
+        norm: dict[str, Any] = {"device": device, "dtype": dtype}
         self.readout_norm = nn.LayerNorm(width, **norm) if readout_norm else nn.Identity()
         self.halting_norm = nn.LayerNorm(width, **norm) if readout_norm else nn.Identity()
         self.classifier = linear(width, classes, **options)
@@ -345,7 +345,7 @@ class Frost(Unrolled):
 
     Examples
     --------
-    >>> from geomlib.frost.transitions import Certified
+    >>> from geomlib.frost import Certified
     >>> generator = torch.Generator().manual_seed(0)
     >>> block = Certified(8, kappa=0.9, generator=generator)
     >>> model = Frost(nn.Linear(3, 8), block, 8, 2, steps=4, generator=generator)
@@ -396,8 +396,8 @@ class Frost(Unrolled):
             )
         if mode == "certified" and transition.kappa is None:
             raise ValueError(
-                f"mode 'certified' needs a transition with a constant, got {type(transition).__name__}: norms "
-                "and attention in the loop have none"
+                f"mode 'certified' needs a transition with a constant, got {type(transition).__name__}: "
+                "norms and attention in the loop have none"
             )
         super().__init__(
             stem,
@@ -417,7 +417,7 @@ class Frost(Unrolled):
         )
         self.transition, self.mode, self.scale_parameter = transition, mode, form
         self.resolution = 1.0
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         rho = math.log(scale) if form == "exp" else math.log(scale) - math.log1p(-scale)
         self.rho = nn.Parameter(torch.full((), rho, **where))
         exponent = torch.full((), hurst, **where)
@@ -493,6 +493,8 @@ class Frost(Unrolled):
         moved = self.transition(state, Prepared(context.rows, context.shared)).to(state.dtype)
         if moved.shape != state.shape:
             raise ValueError(f"transition must keep the shape {tuple(state.shape)}, got {tuple(moved.shape)}")
+        assert context.bx is not None
+        assert context.scale is not None
         if self.mode == "euler":
             return torch.addcmul(state + context.bx, moved, context.scale)
         length = context.scale if context.gate is None else context.gate

@@ -1,35 +1,30 @@
-r"""Transitions: the shared block that every step applies, free or with a proved Lipschitz constant.
+"""Transitions: the shared block that every step applies, and what a transition has to offer.
 
 A state is `(N, d)`, a sequence `(N, d, L)` or a map `(N, d, H, W)`, channels in the second place and last in
 memory. `Block` is the free form of arXiv 2601.19551 (section 6, Appendix C) without an inner skip: the step
-of the model is the skip. `Certified` is `W_n phi(... phi(W_1 h + U x + b))` with operator norms that are
-proved, so that the step contracts. `Bottleneck` and `AttentionBlock` have the paper's sizes.
+of the model is the skip. `Bottleneck` and `AttentionBlock` have the paper's sizes. What contracts by
+construction is in :mod:`geomlib.frost.certified`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geomlib.core.norms import ITERATIONS, operator_norm_bound
-
 __all__ = [
-    "ACTIVATIONS",
     "AttentionBlock",
     "Block",
     "Bottleneck",
-    "Certified",
     "Prepared",
     "Transition",
     "channel_norm",
+    "check_sizes",
     "convolve",
-    "max_min",
-    "normalised",
+    "place",
     "uniform",
 ]
 
@@ -130,71 +125,6 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x.movedim(1, -1), weight.shape, weight, bias).movedim(-1, 1)
 
 
-def max_min(x: Tensor) -> Tensor:
-    """Sort each half of the channels against the other: 1-Lipschitz, and no gradient is lost.
-
-    Channel `i` of the first half becomes the larger, of the second the smaller of the pair. The Jacobian is
-    a permutation, so that the norm of a gradient is kept where ReLU drops a part of it. The number of
-    channels is even.
-
-    Notes
-    -----
-    Source: GroupSort with groups of two, Anil, Lucas and Grosse 2019 (arXiv 1811.05381).
-
-    Examples
-    --------
-    >>> max_min(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
-    tensor([[3., 2., 1., 0.]])
-    """
-    first, second = x.chunk(2, 1)
-    return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], 1)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "max_min": max_min,
-}
-"""The activations with slope at most 1 that a certificate may rest on."""
-
-
-def normalised(raw: Tensor, bound: Tensor | float) -> Tensor:
-    """Scale a matrix or a kernel so that its proved operator norm is `bound`, rounding included.
-
-    Smaller weights are scaled up as well: a default initial weight is far inside the ball, and clipped only
-    it would leave the block weak. Differentiable in `raw`; one call per forward pass is enough.
-
-    Parameters
-    ----------
-    raw : Tensor
-        `(out, in)`, `(out, in, k)` or `(out, in, k, k)`, floating. A dilated kernel has the same norm.
-    bound : Tensor or float
-        What the norm is not to exceed.
-
-    Returns
-    -------
-    Tensor
-        Shape and dtype of `raw`.
-
-    Notes
-    -----
-    Source: the bound of :func:`geomlib.core.operator_norm_bound` (arXiv 2305.16173), from above at every
-    iteration. A power iteration comes from below and needs a margin that nothing proves.
-
-    Examples
-    --------
-    >>> weight = normalised(torch.diag(torch.tensor([3.0, 1.0])), 0.9)
-    >>> round(torch.linalg.matrix_norm(weight, 2).item(), 3)
-    0.9
-    """
-    reached = operator_norm_bound(raw)
-    # The scaled entries are rounded, tap by tap: Frobenius norms, at most sqrt(rank) operator norms.
-    roundoff = torch.finfo(raw.dtype).eps / 2 + 2 * torch.finfo(reached.dtype).eps
-    allowance = 1 + roundoff * math.prod(raw.shape[2:]) * math.sqrt(min(raw.shape[:2]))
-    factor = bound / (reached * allowance).clamp_min(torch.finfo(reached.dtype).tiny)
-    return (raw.to(factor.dtype) * factor).to(raw.dtype)
-
-
 class Block(Transition):
     """The free transition: widen, normalise, ReLU, narrow, normalise; no skip.
 
@@ -245,7 +175,7 @@ class Block(Transition):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(width=width, expansion=expansion, dilation=dilation, kernel_size=kernel_size, axes=axes)
+        check_sizes(width=width, expansion=expansion, dilation=dilation, kernel_size=kernel_size, axes=axes)
         hidden, kernel, self.dilation = expansion * width, (kernel_size,) * axes, dilation
         self.weight1 = uniform((hidden, width, *kernel), None, generator, device, dtype)
         self.bias1 = uniform((hidden,), self.weight1, generator, device, dtype)
@@ -259,124 +189,6 @@ class Block(Transition):
         wide = channel_norm(convolve(state, self.weight1, self.bias1, self.dilation), self.gain1, self.shift1)
         narrow = convolve(torch.relu(wide), self.weight2, self.bias2, self.dilation)
         return channel_norm(narrow, self.gain2, self.shift2)
-
-
-class Certified(Transition):
-    r"""`G(h; x) = W_n phi(... phi(W_1 h + U x + b_1) ...)`, Lipschitz in `h` with constant `kappa`.
-
-    All operator norms are at most 1, the last at most `kappa`; `U` and the biases are free, so that the
-    input enters inside the nonlinearity without costing anything.
-
-    Parameters
-    ----------
-    width : int
-        Channels of the state.
-    axes : {0, 1, 2}
-        Vector, sequence or map.
-    hidden : sequence of int, optional
-        Channels between the weights, `(2 * width,)` by default; one weight more than entries.
-    kernel_size : int or sequence of int
-        Odd, one for all weights or one for each; ignored for vectors.
-    dilation : int
-        Of all convolutions; it widens the reach of a step and leaves the norms as they are.
-    kappa : float
-        The constant, in (0, 1); changed during training by `set_kappa`.
-    activation : {"relu", "tanh", "max_min"}
-        All 1-Lipschitz.
-    generator : torch.Generator, optional
-        Draws the initial weights, on the CPU: orthogonal as matrices
-        `(out, in * taps)`.
-    device, dtype
-        Of the parameters.
-
-    Raises
-    ------
-    ValueError
-        If a size is below 1, a kernel even, `kappa` not in (0, 1), or the activation unknown or steeper
-        than 1.
-
-    Notes
-    -----
-    Source: Theorem B.2 allows any nonlinear operator with a Lipschitz constant below 1; eq. (25) injects
-    inside the nonlinearity. Reconstructed: the parameterisation, in which eq. (14) contracts by
-    construction.
-
-    Examples
-    --------
-    >>> block = Certified(8, kappa=0.9, generator=torch.Generator().manual_seed(0))
-    >>> prepared = block.prepare(torch.ones(1, 8))
-    >>> near, far = block(torch.zeros(1, 8), prepared), block(torch.ones(1, 8), prepared)
-    >>> bool((near - far).norm() <= 0.9 * 8**0.5), block.certificate() <= 0.9
-    (True, True)
-    """
-
-    kappa: Tensor
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        axes: int = 0,
-        hidden: Sequence[int] | None = None,
-        kernel_size: int | Sequence[int] = 3,
-        dilation: int = 1,
-        kappa: float = 0.9,
-        activation: str = "relu",
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(kappa, device=device, dtype=dtype)
-        widths = (width, *((2 * width,) if hidden is None else hidden), width)
-        kernels = [kernel_size] * (len(widths) - 1) if isinstance(kernel_size, int) else list(kernel_size)
-        if len(kernels) != len(widths) - 1:
-            raise ValueError(
-                f"kernel_size must have {len(widths) - 1} entries, got {len(kernels)}: one per weight"
-            )
-        for size, kernel in zip(widths[1:], kernels, strict=True):
-            _check(width=width, hidden=size, dilation=dilation, kernel_size=kernel, axes=axes)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}: a certificate needs "
-                "slope at most 1, and GELU reaches 1.13, SiLU 1.10"
-            )
-        if activation == "max_min" and any(size % 2 for size in widths[1:-1]):
-            raise ValueError(f"hidden must be even for 'max_min', got {widths[1:-1]}: channels are paired")
-        self.activation, self.dilation = activation, dilation
-        self.phi = ACTIVATIONS[activation]
-        self.weights = nn.ParameterList(
-            _orthogonal((outputs, inputs, *[kernel] * axes), generator, device, dtype)
-            for inputs, outputs, kernel in zip(widths[:-1], widths[1:], kernels, strict=True)
-        )
-        self.inject = uniform((widths[1], width, *[kernels[0]] * axes), None, generator, device, dtype)
-        self.biases = nn.ParameterList(
-            uniform((size,), self.inject, generator, device, dtype) for size in widths[1:-1]
-        )
-
-    def prepare(self, x: Tensor) -> Prepared:
-        """Return `U x + b` and the normalised weights."""
-        return Prepared((convolve(x, self.inject, self.biases[0], self.dilation),), self._weights())
-
-    def forward(self, state: Tensor, prepared: Prepared) -> Tensor:
-        """Map `(N, d, ...)` to the same shape."""
-        first, *others = prepared.shared
-        wide = self.phi(convolve(state, first, None, self.dilation) + prepared.rows[0])
-        for weight, bias in zip(others[:-1], self.biases[1:], strict=True):
-            wide = self.phi(convolve(wide, weight, bias, self.dilation))
-        return convolve(wide, others[-1], None, self.dilation)
-
-    @torch.no_grad()
-    def certificate(self) -> float:
-        """Return a proved Lipschitz constant of the weights in use, computed in double precision."""
-        bounds = [
-            operator_norm_bound(weight.double(), iterations=ITERATIONS + 4) for weight in self._weights()
-        ]
-        proved = math.prod(bound.item() for bound in bounds)
-        return min(proved, self.kappa.item())  # both bound it, and the second evaluation may round upwards
-
-    def _weights(self) -> tuple[Tensor, ...]:
-        *first, last = self.weights
-        return (*(normalised(raw, 1.0) for raw in first), normalised(last, self.kappa))
 
 
 class Bottleneck(Transition):
@@ -423,7 +235,7 @@ class Bottleneck(Transition):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(width=width, hidden=hidden, groups=groups)
+        check_sizes(width=width, hidden=hidden, groups=groups)
         if width % groups or hidden % groups:
             raise ValueError(f"groups must divide {width} and {hidden}, got {groups}: no group norm is that")
         self.groups = groups
@@ -489,7 +301,7 @@ class AttentionBlock(Transition):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(width=width, heads=heads, expansion=expansion)
+        check_sizes(width=width, heads=heads, expansion=expansion)
         if width % heads:
             raise ValueError(f"heads must divide {width}, got {heads}: the channels are shared out evenly")
         self.heads = heads
@@ -514,7 +326,8 @@ class AttentionBlock(Transition):
         return (attended + F.linear(wide, self.weights[3], self.biases[3])).mT
 
 
-def _check(axes: int = 0, kernel_size: int = 1, **sizes: int) -> None:
+def check_sizes(axes: int = 0, kernel_size: int = 1, **sizes: int) -> None:
+    """Raise unless sizes are positive, the kernel odd and the state a vector, a sequence or a map."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}: the block would be empty")
@@ -524,7 +337,7 @@ def _check(axes: int = 0, kernel_size: int = 1, **sizes: int) -> None:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}: the state would change its size")
 
 
-def _place(values: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+def place(values: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
     """Move numbers drawn on the CPU, so that they are the same on every device."""
     return nn.Parameter(
         values.to(device=device or torch.get_default_device(), dtype=dtype or torch.get_default_dtype())
@@ -541,26 +354,10 @@ def uniform(
     """Draw from `+-1/sqrt(fan_in)`, torch's own range; a bias takes the fan of its weight."""
     fan_in = math.prod(shape[1:]) if weight is None else math.prod(weight.shape[1:])
     values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return _place((2 * values - 1) / math.sqrt(fan_in), device, dtype)
-
-
-def _orthogonal(
-    shape: tuple[int, ...],
-    generator: torch.Generator | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Parameter:
-    """Draw a matrix `(out, in * taps)` with orthonormal rows or columns."""
-    rows, columns = shape[0], math.prod(shape[1:])
-    tall = torch.randn(
-        max(rows, columns), min(rows, columns), generator=generator, dtype=torch.float64, device="cpu"
-    )
-    Q, R = torch.linalg.qr(tall)
-    Q = Q * R.diagonal().sign()  # uniform over the orthogonal group
-    return _place((Q if rows >= columns else Q.T).reshape(shape), device, dtype)
+    return place((2 * values - 1) / math.sqrt(fan_in), device, dtype)
 
 
 def _affine(
     width: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    return _place(torch.ones(width), device, dtype), _place(torch.zeros(width), device, dtype)
+    return place(torch.ones(width), device, dtype), place(torch.zeros(width), device, dtype)
