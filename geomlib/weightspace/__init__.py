@@ -13,26 +13,52 @@ from geomlib.weightspace.boxes import (
     point_counts,
     shifted_counts,
 )
-from geomlib.weightspace.dimension import DimFit, fit_dimension, local_slopes, self_similarity, slopes
+from geomlib.weightspace.dimension import (
+    DimFit,
+    fit_dimension,
+    line_slope,
+    local_slopes,
+    self_similarity,
+    slopes,
+)
+from geomlib.weightspace.mass import GeneralisedDimensions, lacunarity, renyi_dimensions
+from geomlib.weightspace.surfaces import (
+    Roughness,
+    dbc,
+    haar_energies,
+    haar_exponent,
+    ranks,
+    variogram,
+)
 from geomlib.weightspace.transform import T, as_signal, cells, defect, phi, project, segment
 
 __all__ = [
     "BoxCounts",
     "DimFit",
+    "GeneralisedDimensions",
+    "Roughness",
     "T",
     "as_signal",
     "box_counts",
     "cells",
+    "dbc",
     "defect",
     "fit_dimension",
     "gliding_mass",
+    "haar_energies",
+    "haar_exponent",
+    "lacunarity",
+    "line_slope",
     "local_slopes",
     "null_counts",
     "phi",
     "point_counts",
     "project",
+    "ranks",
+    "renyi_dimensions",
     "segment",
     "self_similarity",
     "shifted_counts",
     "slopes",
+    "variogram",
 ]

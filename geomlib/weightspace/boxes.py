@@ -121,7 +121,7 @@ def box_counts(
     if nested:
         counts = _pyramid(flat, wanted, border == "full")
     else:
-        image = _integral(flat.to(torch.int32 if math.prod(shape) < 2**31 else torch.int64), d)
+        image = integral_image(flat.to(torch.int32 if math.prod(shape) < 2**31 else torch.int64), d)
         counts = [_occupied(image, shape, r, shifts, border == "full") for r in wanted]
     boxes = tuple(
         math.prod(_number(n, r, o % r, border == "full") for n, o in zip(shape, shifts, strict=True))
@@ -183,7 +183,7 @@ def shifted_counts(
         raise ValueError(f"reduce must be 'mean' or 'min', got {reduce!r}")
     mask, shape = _as_mask(mask, d)
     wanted = _sizes(sizes, shape, 2, border)
-    image = _integral(mask.reshape(-1, *shape).to(torch.int64), d)
+    image = integral_image(mask.reshape(-1, *shape).to(torch.int64), d)
     columns = []
     for r in wanted:
         shifts = sorted({i * r // offsets for i in range(offsets)})
@@ -234,11 +234,22 @@ def gliding_mass(values: Tensor, r: int, *, d: int = 2) -> Tensor:
         raise ValueError(f"d must lie between 1 and the axes of values, got {d} for {tuple(values.shape)}")
     if not 1 <= r <= min(values.shape[-d:]):
         raise ValueError(f"r must fit into the grid {tuple(values.shape[-d:])}, got {r}: no window would")
-    total = _integral(values.to(torch.float64 if values.is_floating_point() else torch.int64), d)
-    for axis in range(-d, 0):
-        n = total.shape[axis]
-        total = total.narrow(axis, r, n - r) - total.narrow(axis, 0, n - r)
-    return total
+    return window_sums(integral_image(values.to(_wide(values)), d), r, d)
+
+
+def integral_image(values: Tensor, d: int) -> Tensor:
+    """Sum over all cells before each position of the last `d` axes: `(..., n_i + 1)`, zero in front."""
+    for axis in range(values.ndim - d, values.ndim):
+        values = values.cumsum(axis, dtype=values.dtype)
+    return pad(values, [1, 0] * d)
+
+
+def window_sums(image: Tensor, r: int, d: int) -> Tensor:
+    """Sum over every window of side `r` from an integral image: `(..., n_i - r + 1)`."""
+    for axis in range(image.ndim - d, image.ndim):
+        n = image.shape[axis] - r
+        image = image.narrow(axis, r, n) - image.narrow(axis, 0, n)
+    return image
 
 
 def point_counts(
@@ -466,6 +477,8 @@ def _factors(number: int) -> list[int]:
 def _join(x: Tensor, axis: int, factor: int, full: bool) -> Tensor:
     """Or groups of `factor` neighbours along an axis; the last group may be smaller, or goes if `full`."""
     n = x.shape[axis]
+    if n == 1 and not full:
+        return x
     if n % factor and full:
         x = x.narrow(axis, 0, n - n % factor)
     elif n % factor:
@@ -514,11 +527,8 @@ _LOW_BYTES = 0x00FF00FF00FF00FF
 _ONES = 0x0001000100010001
 
 
-def _integral(values: Tensor, d: int) -> Tensor:
-    """Sum over all cells before each position, with a zero in front of every axis."""
-    for axis in range(values.ndim - d, values.ndim):
-        values = values.cumsum(axis, dtype=values.dtype)
-    return pad(values, [1, 0] * d)
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.is_floating_point() else torch.int64
 
 
 def _occupied(image: Tensor, shape: tuple[int, ...], r: int, shifts: Sequence[int], full: bool) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-__all__ = ["DimFit", "Window", "fit_dimension", "local_slopes", "self_similarity", "slopes"]
+__all__ = ["DimFit", "Window", "fit_dimension", "line_slope", "local_slopes", "self_similarity", "slopes"]
 
 Window = Literal["inner", "full", "plateau"] | tuple[float, float]
 Status = Literal["ok", "insufficient_scales", "empty", "space_filling", "no_scaling", "constant"]
@@ -154,44 +154,92 @@ def fit_dimension(
     return found
 
 
-def slopes(sizes: Sequence[float], counts: Tensor) -> Tensor:
+def slopes(
+    sizes: Sequence[float],
+    counts: Tensor,
+    *,
+    window: Literal["inner", "full"] | tuple[float, float] = "full",
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """Fit the dimension of many sets at once, without intervals: for permutations and batches.
 
     Parameters
     ----------
     sizes : sequence of float
-        Sides of the boxes, at least two; all of them are used.
+        Sides of the boxes, growing.
     counts : Tensor
-        `(..., len(sizes))`, positive.
+        `(..., len(sizes))`.
+    window : {"inner", "full"} or (low, high)
+        As in `fit_dimension`; a plateau differs from set to set and has no batch.
+    shape : sequence of int, optional
+        Sides of the grid, as in `fit_dimension`.
 
     Returns
     -------
     Tensor
-        `(...)`, float64, on the device of the counts: the least-squares slope of `log counts` against
-        `log 1/sizes`; NaN where a count is zero.
+        `(...)`, float64, on the device of the counts: the `D` of `fit_dimension`, NaN where a count in the
+        window is zero or the window holds fewer than two sizes.
 
     Raises
     ------
     ValueError
-        If sizes and counts do not match or there are fewer than two.
+        If sizes and counts do not match, or the window is unknown.
 
     Notes
     -----
-    Source: reconstructed; the `D` of `fit_dimension` over its window.
+    Source: least squares, as in `fit_dimension`.
 
     Examples
     --------
     >>> slopes([1, 2, 4], torch.tensor([[9, 3, 1], [16, 4, 1]]))
     tensor([1.5850, 2.0000], dtype=torch.float64)
     """
-    if len(sizes) < 2 or counts.ndim == 0 or counts.shape[-1] != len(sizes):
+    r = np.asarray(sizes, dtype=np.float64)
+    if counts.ndim == 0 or counts.shape[-1] != len(r) or len(r) == 0:
+        raise ValueError(f"counts must be (..., {len(r)}) for {len(r)} sizes, got {tuple(counts.shape)}")
+    if window not in ("inner", "full") and not isinstance(window, tuple):
+        raise ValueError(f"window must be 'inner', 'full' or (low, high), got {window!r}")
+    low, high = _window(r, window, shape)
+    inside = ((r >= low) & (r <= high)).nonzero()[0].tolist()
+    chosen = counts.detach()[..., inside].double()
+    if len(inside) < 2:
+        return torch.full(counts.shape[:-1], math.nan, dtype=torch.float64, device=counts.device)
+    y = torch.where(chosen > 0, chosen, math.nan).log()
+    return line_slope([-math.log(r[i]) for i in inside], y)
+
+
+def line_slope(x: Sequence[float], y: Tensor) -> Tensor:
+    """Slope of the least-squares line through `(x, y)`, for a batch of `y`.
+
+    Parameters
+    ----------
+    x : sequence of float
+        At least two different abscissae.
+    y : Tensor
+        `(..., len(x))`, floating point.
+
+    Returns
+    -------
+    Tensor
+        `(...)`, float64.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ or all of `x` is one point.
+
+    Examples
+    --------
+    >>> line_slope([0.0, 1.0, 2.0], torch.tensor([1.0, 3.0, 5.0])).item()
+    2.0
+    """
+    if y.ndim == 0 or y.shape[-1] != len(x) or len(set(x)) < 2:
         raise ValueError(
-            f"counts must be (..., {len(sizes)}) with two sizes or more, got {tuple(counts.shape)}"
+            f"x must hold two points or more, one for each y, got {list(x)} and {tuple(y.shape)}"
         )
-    x = -torch.tensor(list(sizes), dtype=torch.float64).log()
-    x = (x - x.mean()) / (x - x.mean()).square().sum()
-    y = torch.where(counts > 0, counts.detach().double(), math.nan).log()
-    return y @ x.to(counts.device)
+    t = torch.tensor(list(x), dtype=torch.float64)
+    t = t - t.mean()
+    return y.double() @ (t / t.square().sum()).to(y.device)
 
 
 def local_slopes(sizes: Sequence[float], counts: Tensor) -> Tensor:
@@ -359,4 +407,4 @@ def _replaced(found: DimFit, **changes: object) -> DimFit:
     """Change fields; an interval belongs to the slope that it was computed with, and goes with it."""
     if "D" in changes:
         changes = {"se": math.nan, "ci": (math.nan, math.nan), **changes}
-    return DimFit(**{**found.__dict__, **changes})  # type: ignore[arg-type]
+    return DimFit(**{**found.__dict__, **changes})
