@@ -1,4 +1,4 @@
-"""Numerics that several papers share: fixed points, linear systems, contractions. Knows no paper."""
+"""Numerics that several papers share: fixed points, linear systems, contractions, scans. Knows no paper."""
 
 from geomlib.core.contraction import (
     ContractiveConv1d,
@@ -25,6 +25,7 @@ from geomlib.core.fixed_point import (
 )
 from geomlib.core.linear import arnoldi, gmres
 from geomlib.core.norms import operator_norm_bound
+from geomlib.core.recurrence import linear_recurrence, ssd
 
 __all__ = [
     "Adjoint",
@@ -45,8 +46,10 @@ __all__ = [
     "Unrolled",
     "arnoldi",
     "gmres",
+    "linear_recurrence",
     "lipschitz_estimate",
     "operator_norm_bound",
     "solve",
     "spectral_radius",
+    "ssd",
 ]

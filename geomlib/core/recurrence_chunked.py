@@ -1,0 +1,245 @@
+r"""The linear recurrence in chunks of chunks, with its own backward pass: what `linear_recurrence` runs.
+
+Time is cut into `n` chunks of `C` steps. All chunks are stepped through together, as if each began at zero,
+while the products of their coefficients are kept; the ends of the chunks obey a recurrence of length `n`,
+solved in the same way; one fused operation then adds to each chunk what came before it. That is three passes
+over the data, in operations on `n` times as many numbers as a step of the plain loop. Reconstructed: the
+two-level scheme is that of Blelloch 1990; the sizes were measured (`benchmarks/recurrence.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["chunked"]
+
+LOOP_STEPS = 16  # as many steps as the plain loop takes no longer for
+LOOP_WIDTH = 8192  # numbers in a step from which on the call of an operation costs less than its work
+BLOCK_BYTES = 4 << 20  # of one array: four of them stay in the last cache level of one core
+BLOCK_STEPS = 64  # fewer would be calls more than work
+
+
+def chunked(
+    a: Tensor, b: Tensor, initial: Tensor | None, dim: int, reverse: bool, chunk: int | None = None
+) -> Tensor:
+    """Solve the recurrence; arguments as :func:`geomlib.core.linear_recurrence` has prepared them.
+
+    Parameters
+    ----------
+    a : Tensor
+        As many dimensions as `b` and as many steps; otherwise of the sizes of `b` or 1.
+    b : Tensor
+        `(..., L, ...)` with `L >= 1` at `dim`.
+    initial : Tensor, optional
+        Shape of `b` without `dim`.
+    dim : int
+        Not negative.
+    reverse : bool
+        Run from the end.
+    chunk : int, optional
+        Steps of a chunk at the lowest level.
+
+    Returns
+    -------
+    Tensor
+        Shape and layout of `b`.
+
+    Examples
+    --------
+    >>> chunked(torch.full((4,), 0.5), torch.ones(4), None, 0, False)
+    tensor([1.0000, 1.5000, 1.7500, 1.8750])
+    """
+    h: Tensor = _Chunked.apply(a, b, initial, dim, reverse, chunk)
+    return h
+
+
+class _Chunked(torch.autograd.Function):
+    """Saves coefficients and states. Derivatives of any order and mode are recurrences again."""
+
+    @staticmethod
+    def forward(
+        a: Tensor, b: Tensor, initial: Tensor | None, dim: int, reverse: bool, chunk: int | None
+    ) -> Tensor:
+        h = torch.empty_like(b)
+        state = initial
+        for (a_block, b_block, h_block), _ in _blocks([a, b, h], dim, reverse):
+            state = _fill(a_block, b_block, h_block, state, dim, reverse, chunk)
+        return h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, _, initial, ctx.dim, ctx.reverse, ctx.chunk = inputs
+        ctx.save_for_backward(a, initial, output)
+        ctx.save_for_forward(a, initial, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, initial, h = ctx.saved_tensors
+        derive = _differentiable if torch.is_grad_enabled() else _fused
+        da, db = derive(ctx, a, initial, h, grads[0])
+        d_initial = None
+        if initial is not None and ctx.needs_input_grad[2]:
+            first = -1 if ctx.reverse else 0
+            d_initial = a.select(ctx.dim, first).conj() * db.select(ctx.dim, first)
+        return da, db, d_initial, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        a, initial, h = ctx.saved_tensors
+        da, db, d_initial = tangents[:3]
+        b_dot = torch.zeros_like(h) if db is None else db
+        if da is not None:
+            b_dot = b_dot + da * _before(h, initial, ctx.dim, ctx.reverse)
+        return chunked(a, b_dot, d_initial, ctx.dim, ctx.reverse, ctx.chunk)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        a, b, initial, dim, reverse, chunk = args
+
+        # The batch goes in front. What has none is broadcast, and `b` written out.
+        def front(value: Tensor, batched: int | None) -> Tensor:
+            return value.unsqueeze(0) if batched is None else value.movedim(batched, 0)
+
+        a, b = front(a, in_dims[0]), front(b, in_dims[1])
+        b = b.expand(info.batch_size, *b.shape[1:])
+        if initial is not None:
+            initial = front(initial, in_dims[2])
+            initial = initial.expand(info.batch_size, *initial.shape[1:])
+        return chunked(a, b, initial, dim + 1, reverse, chunk), 0
+
+
+def _differentiable(
+    ctx: Any, a: Tensor, initial: Tensor | None, h: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients as functions that can be differentiated again: the same recurrence, the other way."""
+    dim, reverse = ctx.dim, ctx.reverse
+    # The coefficient of the step after. The last step has none: the one rolled in meets a zero state.
+    after = a.roll(1 if reverse else -1, dim).conj()
+    db = chunked(after, grad, None, dim, not reverse, ctx.chunk)
+    da = (db * _before(h, initial, dim, reverse).conj()).sum_to_size(a.shape)
+    return da, db
+
+
+def _fused(
+    ctx: Any, a: Tensor, initial: Tensor | None, h: Tensor, grad: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients without a graph: block by block, the coefficients' as soon as a block of `db` is there."""
+    dim, reverse = ctx.dim, ctx.reverse
+    length = h.shape[dim]
+    first, last = (length - 1, 0) if reverse else (0, length - 1)
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if ctx.needs_input_grad[0] else None
+    db = torch.empty_like(h)
+    state = db.select(dim, last).copy_(grad.select(dim, last))
+
+    def earlier(x: Tensor) -> Tensor:
+        return x.narrow(dim, 1 if reverse else 0, length - 1)
+
+    def later(x: Tensor) -> Tensor:
+        return x.narrow(dim, 0 if reverse else 1, length - 1)
+
+    work = [later(a).conj().resolve_conj(), earlier(grad), earlier(db)]
+    if da is not None:
+        work += [later(db), earlier(h), later(da)]
+    for (a_block, g_block, db_block), rest in _blocks(work, dim, not reverse) if length > 1 else []:
+        state = _fill(a_block, g_block, db_block, state, dim, not reverse, ctx.chunk)
+        if rest:
+            _product(*rest)
+    if da is not None:
+        start = da.narrow(dim, first, 1)
+        if initial is None:
+            start.zero_()
+        else:
+            _product(db.narrow(dim, first, 1), initial.unsqueeze(dim), start)
+    return da, db
+
+
+def _product(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """Write `x conj(y)`, summed over the dimensions along which `out` is broadcast."""
+    if out.shape == x.shape:
+        torch.mul(x, y.conj(), out=out)
+    else:
+        out.copy_((x * y.conj()).sum_to_size(out.shape))
+
+
+def _before(h: Tensor, initial: Tensor | None, dim: int, reverse: bool) -> Tensor:
+    """Return the states that the steps began from."""
+    rest = h.shape[dim] - 1
+    edge = torch.zeros_like(h.narrow(dim, 0, 1)) if initial is None else initial.unsqueeze(dim)
+    parts = [h.narrow(dim, 1, rest), edge] if reverse else [edge, h.narrow(dim, 0, rest)]
+    return torch.cat(parts, dim)
+
+
+def _blocks(tensors: list[Tensor], dim: int, reverse: bool) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Cut time so that a processor finds in its cache what it wrote; elsewhere one block does.
+
+    In the order of the recurrence; each block as its first three tensors and the others.
+    """
+    whole = tensors[1]
+    length = whole.shape[dim]
+    step = whole.numel() // length * whole.element_size()
+    steps = max(BLOCK_STEPS, BLOCK_BYTES // max(step, 1))
+    if whole.device.type != "cpu" or steps >= length:
+        return [(tensors[:3], tensors[3:])]
+    cut = [_in_order(tensor.split(steps, dim), reverse) for tensor in tensors]
+    return [(list(block[:3]), list(block[3:])) for block in zip(*cut, strict=True)]
+
+
+def _fill(
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    state: Tensor | None,
+    dim: int,
+    reverse: bool,
+    chunk: int | None,
+) -> Tensor:
+    """Write the recurrence into `h` and return its last state."""
+    length = b.shape[dim]
+    if chunk is None:
+        if length <= LOOP_STEPS or b.numel() >= LOOP_WIDTH * length:
+            return _steps(a, b, h, state, dim, reverse)
+        chunk = 16 if b.numel() >= 1 << 18 and length >= 64 else 8
+    elif chunk >= length:
+        return _steps(a, b, h, state, dim, reverse)
+    count, rest = divmod(length, chunk)
+    tail: tuple[Tensor, ...] = ()
+    if rest:
+        sizes = [rest, length - rest] if reverse else [length - rest, rest]
+        (a, *late_a), (b, *late_b), (h, *late_h) = (
+            _in_order(x.split(sizes, dim), reverse) for x in (a, b, h)
+        )
+        tail = (*late_a, *late_b, *late_h)
+    a, b, h = (x.unflatten(dim, (count, chunk)) for x in (a, b, h))
+    products = torch.empty_like(a)
+    A, B, H, P = (_in_order(x.unbind(dim + 1), reverse) for x in (a, b, h, products))
+    ends, gain = H[0].copy_(B[0]), P[0].copy_(A[0])
+    if state is not None:
+        first = -1 if reverse else 0
+        ends.select(dim, first).addcmul_(gain.select(dim, first), state)
+    for a_t, b_t, h_t, p_t in zip(A[1:], B[1:], H[1:], P[1:], strict=True):
+        ends = torch.addcmul(b_t, a_t, ends, out=h_t)
+        gain = torch.mul(a_t, gain, out=p_t)
+    carried = torch.empty_like(ends)
+    state = _fill(gain, ends, carried, None, dim, reverse, None)
+    # Each chunk but the first in time gets what the one before it ended with.
+    late, early = (0, 1) if reverse else (1, 0)
+    h.narrow(dim, late, count - 1).addcmul_(
+        products.narrow(dim, late, count - 1), carried.narrow(dim, early, count - 1).unsqueeze(dim + 1)
+    )
+    return state if tail is None else _steps(*tail, state, dim, reverse)
+
+
+def _steps(a: Tensor, b: Tensor, h: Tensor, state: Tensor | None, dim: int, reverse: bool) -> Tensor:
+    """Step by step into `h`: views are made once, which halves the time of a loop that slices."""
+    A, B, H = (_in_order(x.unbind(dim), reverse) for x in (a, b, h))
+    state = H[0].copy_(B[0]) if state is None else torch.addcmul(B[0], A[0], state, out=H[0])
+    for a_t, b_t, h_t in zip(A[1:], B[1:], H[1:], strict=True):
+        state = torch.addcmul(b_t, a_t, state, out=h_t)
+    return state
+
+
+def _in_order(parts: tuple[Tensor, ...], reverse: bool) -> tuple[Tensor, ...]:
+    return parts[::-1] if reverse else parts
