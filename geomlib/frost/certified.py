@@ -243,16 +243,17 @@ class Certified(Transition):
         )
 
     def prepare(self, x: Tensor) -> Prepared:
-        """Return `U x + b` and the normalised weights."""
-        return Prepared((convolve(x, self.inject, self.biases[0], self.dilation),), self._weights())
+        """Return `U x + b`, and the weights in use with the biases behind them."""
+        driven = convolve(x, self.inject, self.biases[0], self.dilation)
+        return Prepared((driven,), (*self._weights(), *self.biases[1:]))
 
     def forward(self, state: Tensor, prepared: Prepared) -> Tensor:
         """Map `(N, d, ...)` to the same shape."""
-        first, *others = prepared.shared
-        wide = self.phi(convolve(state, first, None, self.dilation) + prepared.rows[0])
-        for weight, bias in zip(others[:-1], self.biases[1:], strict=True):
+        weights, biases = prepared.shared[: len(self.weights)], prepared.shared[len(self.weights) :]
+        wide = self.phi(convolve(state, weights[0], None, self.dilation) + prepared.rows[0])
+        for weight, bias in zip(weights[1:-1], biases, strict=True):
             wide = self.phi(convolve(wide, weight, bias, self.dilation))
-        return convolve(wide, others[-1], None, self.dilation)
+        return convolve(wide, weights[-1], None, self.dilation)
 
     @torch.no_grad()
     def certificate(self) -> float:
