@@ -309,7 +309,8 @@ def signals(trajectory: Trajectory, rule: Rule | str) -> Tensor:
     True
     """
     rule = find_rule(rule)
-    columns, memory = [], ()
+    columns: list[Tensor] = []
+    memory: Memory = ()
     with torch.no_grad():
         for t in range(1, trajectory.scores.shape[1] + 1):
             states = trajectory.states
