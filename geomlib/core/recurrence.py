@@ -313,7 +313,7 @@ def _check_ssd(
             )
     if initial is not None and initial.shape != (batch, heads, values, B.shape[3]):
         raise ValueError(
-            f"initial must be {(batch, heads, values, B.shape[3])}, one for each head, got {tuple(initial.shape)}"
+            f"initial must be {(batch, heads, values, B.shape[3])}, one a head, got {tuple(initial.shape)}"
         )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}: a chunk holds a step")

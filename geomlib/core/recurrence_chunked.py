@@ -205,13 +205,11 @@ def _fill(
     elif chunk >= length:
         return _steps(a, b, h, state, dim, reverse)
     count, rest = divmod(length, chunk)
-    tail: tuple[Tensor, ...] = ()
+    tail = None
     if rest:
         sizes = [rest, length - rest] if reverse else [length - rest, rest]
-        (a, *late_a), (b, *late_b), (h, *late_h) = (
-            _in_order(x.split(sizes, dim), reverse) for x in (a, b, h)
-        )
-        tail = (*late_a, *late_b, *late_h)
+        cut = [_in_order(x.split(sizes, dim), reverse) for x in (a, b, h)]
+        (a, b, h), tail = zip(*cut, strict=True)
     a, b, h = (x.unflatten(dim, (count, chunk)) for x in (a, b, h))
     products = torch.empty_like(a)
     A, B, H, P = (_in_order(x.unbind(dim + 1), reverse) for x in (a, b, h, products))
@@ -229,7 +227,10 @@ def _fill(
     h.narrow(dim, late, count - 1).addcmul_(
         products.narrow(dim, late, count - 1), carried.narrow(dim, early, count - 1).unsqueeze(dim + 1)
     )
-    return state if tail is None else _steps(*tail, state, dim, reverse)
+    if tail is None:
+        return state
+    late_a, late_b, late_h = tail
+    return _steps(late_a, late_b, late_h, state, dim, reverse)
 
 
 def _steps(a: Tensor, b: Tensor, h: Tensor, state: Tensor | None, dim: int, reverse: bool) -> Tensor:

@@ -115,7 +115,6 @@ def test_a_later_input_changes_no_earlier_output(chunk):
 def test_autocast_leaves_single_precision_and_half_inputs_are_rounded_once():
     *inputs, _ = (x.detach() for x in problem(1, 100, 2, 2, 3, dtype=torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ssd(*inputs), ssd(*inputs))
         y = ssd(*inputs)
     assert y.dtype == torch.float32
     assert torch.equal(y, ssd(*inputs))
