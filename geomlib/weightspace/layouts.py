@@ -56,6 +56,15 @@ class Grid:
         """Sides of one grid."""
         return tuple(self.values.shape[1:])
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Dyadic sizes of boxes, up to the first that covers the shorter axis of units."""
+        sizes = [1]
+        # Kernel axes of the nd layout are covered earlier, and boxes then grow along the units alone.
+        while sizes[-1] < min(self.shape[:2]):
+            sizes.append(2 * sizes[-1])
+        return tuple(sizes)
+
     def like(self, values: Tensor) -> Grid:
         """Return other values in the same layout, a mask for example."""
         return Grid(values, self.layout, self.row_block, self.column_block, self.groups)

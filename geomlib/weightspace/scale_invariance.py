@@ -3,7 +3,7 @@ r"""Discrete scale invariance: whether a count repeats itself at one ratio of sc
 An observable obeys discrete scale invariance with ratio `lam` if `O(lam r) = mu O(r)`; its general form is
 `r^a F(log r / log lam)` with `F` of period one (Sornette 1998). A set built by a rule on a `lam`-adic grid
 has equal local slopes at sizes `lam^k` and unequal ones at other ratios; a line or a plane has equal ones at
-all. Sampled at one ratio alone, every straight line looks like discrete scale invariance, so several are compared.
+all. Sampled at one ratio alone, every straight line looks like discrete scale invariance: we compare several.
 """
 
 from __future__ import annotations
