@@ -123,7 +123,7 @@ def similarity_dimension(maps: int, ratio: float) -> float:
 
     Notes
     -----
-    Source: Hutchinson (1981), Theorem 5.3.
+    Source: Hutchinson (1981), section 5.3.
 
     Examples
     --------
