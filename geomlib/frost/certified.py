@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geomlib.core.norms import ITERATIONS, operator_norm_bound
+from geomlib.core.precision import full_precision, working_dtype
 from geomlib.frost.transitions import Prepared, Transition, check_sizes, convolve, place, uniform
 
 __all__ = ["ACTIVATIONS", "Certified", "max_min", "normalised", "orthogonal"]
@@ -122,14 +123,15 @@ def orthogonal(raw: Tensor, bound: Tensor | float, taps: Tensor | None = None) -
     tensor([0.9000, 0.9000])
     """
     wide = raw.shape[0] < raw.shape[1]
-    Q, R = torch.linalg.qr(raw.mT if wide else raw)
+    tall = (raw.mT if wide else raw).to(working_dtype(raw.dtype))
+    Q, R = torch.linalg.qr(tall)
     Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # one Q for each raw, without a jump of signs
-    with torch.no_grad():
-        # |Q|^2 <= 1 + |Q^T Q - 1|_F, and the product itself is rounded: at most n eps/2 per entry of size 1.
+    with torch.no_grad(), full_precision(Q.device):
+        # |Q|^2 <= 1 + |Q^T Q - 1|_F, and the product itself is rounded: by rows * eps / 2 times |Q|_F^2.
         defect = torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(Q.shape[1], device=Q.device, dtype=Q.dtype))
         eps = torch.finfo(Q.dtype).eps
-        allowance = (1 + defect + eps * sum(Q.shape) * Q.shape[1]).sqrt() * (1 + 4 * eps)
-    Q = (Q.mT if wide else Q) * (bound / allowance)
+        allowance = (1 + defect + eps * Q.numel()).sqrt() * (1 + 4 * eps)
+    Q = ((Q.mT if wide else Q) * (bound / allowance)).to(raw.dtype)
     return Q if taps is None else Q.view(*Q.shape, *[1] * (taps.dim() - 2)) * taps
 
 

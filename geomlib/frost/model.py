@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geomlib.core.precision import working_dtype
+from geomlib.core.precision import full_precision, working_dtype
 from geomlib.frost.transitions import Prepared, Transition
 
 __all__ = ["MODES", "Context", "Frost", "Mode", "Trajectory", "Unrolled"]
@@ -262,13 +262,15 @@ class Unrolled(nn.Module):
         ]
 
     def _read(self, vector: Tensor, dx: Tensor | None, amplitude: Tensor | None) -> Tensor:
-        if dx is not None:
-            vector = self.C(vector)
-            vector = dx + (vector if amplitude is None else amplitude * vector)
-        return self.classifier(self.readout_norm(vector))
+        with full_precision(vector.device):  # thresholds and ranks compare these numbers
+            if dx is not None:
+                vector = self.C(vector)
+                vector = dx + (vector if amplitude is None else amplitude * vector)
+            return self.classifier(self.readout_norm(vector))
 
     def _score(self, vector: Tensor) -> Tensor:
-        return self.halting(self.halting_norm(vector)).squeeze(-1)
+        with full_precision(vector.device):
+            return self.halting(self.halting_norm(vector)).squeeze(-1)
 
 
 class Frost(Unrolled):
