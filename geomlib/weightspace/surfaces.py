@@ -159,9 +159,9 @@ def haar_exponent(W: Tensor, *, ratio: int = 2, levels: int = 5, first: int = 0)
 
     Notes
     -----
-    Source: reconstructed. `E_k = mean((T_k W - T_(-1) T_(k+1) W)^2) / (1 - ratio^-d)` grows like `r_k^zeta`; a
-    wavelet estimate of the spectral exponent (Abry and Veitch 1998) with the wavelet that box averages come
-    from. On a few hundred cells it comes out low, by up to 0.2 for smooth surfaces.
+    Source: reconstructed. `E_k = mean((T_k W - T_(-1) T_(k+1) W)^2) / (1 - ratio^-d)` grows like `ratio^(k
+    zeta)`; a wavelet estimate of the spectral exponent (Abry and Veitch 1998) with the wavelet that box
+    averages come from. On a few hundred cells it comes out low, by up to 0.2 for smooth surfaces.
 
     Examples
     --------
