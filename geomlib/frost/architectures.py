@@ -301,7 +301,7 @@ def resnet50(
     -----
     Source: section 6, Appendix C and Table 3, which does not say how the parameters are made up. One
     bottleneck has 69 632 weights, and with a 7 by 7 convolution of the image to 256 channels the tied model
-    agrees with the 0.11 M of the table. Sixteen of them make 1.16 M against the printed 1.24 M, and three
+    agrees with the 0.11 M of the table. Sixteen of them make 1.17 M against the printed 1.24 M, and three
     linear maps of 256 channels bring 0.20 M where the table's state-space models have 1.38 M more: neither
     surplus is described, and neither is reproduced. The stem's stride of 4 stands for its pooling, which
     the paper replaces by a dilated convolution.
@@ -332,7 +332,6 @@ def vit_b16(
     steps: int = 12,
     size: int = 224,
     mode: str = "euler",
-    kappa: float = 0.9,
     **options: Unpack[Options],
 ) -> Unrolled:
     """Build the paper's transformer: a ViT-B block on 16 by 16 patches and a class token, which is read.
@@ -346,10 +345,7 @@ def vit_b16(
     size : int
         Side of the images, a multiple of 16.
     mode : str
-        One of `KINDS`. Attention has no global Lipschitz constant: the certified transition is the network
-        of the block alone, on each token, and the tokens do not exchange anything.
-    kappa : float
-        Of the certified transition.
+        One of `KINDS` but `"certified"`: attention has no global Lipschitz constant.
     **options
         See :class:`Options`; `readout_norm` is on unless switched off.
 
@@ -380,7 +376,7 @@ def vit_b16(
     return _assemble(
         _Tokens(768, 16, size, **where),
         lambda: AttentionBlock(768, 12, **where),
-        lambda: Certified(768, axes=1, hidden=(3072,), kernel_size=1, kappa=kappa, **where),
+        None,
         768,
         classes,
         mode,
@@ -457,7 +453,7 @@ def _check_image(inputs: Tensor, weight: Tensor) -> None:
 def _assemble(
     stem: nn.Module,
     free: Callable[[], Transition],
-    certified: Callable[[], Transition],
+    certified: Callable[[], Transition] | None,
     width: int,
     classes: int,
     mode: str,
@@ -472,7 +468,12 @@ def _assemble(
         raise ValueError(f"steps must be at least 1, got {steps}: there would be nothing to read")
     chosen: dict[str, Any] = {**fixed, **options}
     if mode in MODES:
-        block = certified() if mode == "certified" else free()
+        if mode != "certified":
+            block = free()
+        elif certified is None:
+            raise ValueError(f"mode must not be {mode!r} here: attention has no global Lipschitz constant")
+        else:
+            block = certified()
         return Frost(stem, block, width, classes, steps=steps, mode=mode, **chosen)
     for name in _FROST_ONLY:
         chosen.pop(name, None)

@@ -1,4 +1,4 @@
-"""Laws of the transitions: norms of operators, not of reshaped kernels; what contracts and what is refused."""
+"""Laws of the transitions: norms of operators, not of reshaped kernels; what contracts, what is refused."""
 
 import math
 
