@@ -239,8 +239,9 @@ def depth_curve(
     --------
     >>> logits = torch.eye(2).repeat(1, 1, 1)  # one sample: class 0 after step 1, class 1 after step 2
     >>> trajectory = Trajectory(logits, torch.zeros(1, 2), torch.zeros(1, 4))
-    >>> depth_curve(trajectory, torch.tensor([1]), "fixed")
-    DepthCurve(depth=tensor([1., 2.]), accuracy=tensor([0., 1.]), threshold=tensor([-inf, inf]))
+    >>> depth, accuracy, threshold = depth_curve(trajectory, torch.tensor([1]), "fixed")
+    >>> depth.tolist(), accuracy.tolist(), threshold.tolist()
+    ([1.0, 2.0], [0.0, 1.0], [-inf, inf])
     """
     if points < 2:
         raise ValueError(f"points must be at least 2, got {points}: a curve has two ends")
@@ -258,7 +259,7 @@ def depth_curve(
             hit = right.gather(1, (depth - 1).unsqueeze(1))
             found[threshold] = (depth.double().mean().item(), hit.double().mean().item())
     ordered = sorted((depth, threshold, accuracy) for threshold, (depth, accuracy) in found.items())
-    depths, thresholds, accuracies = (torch.tensor(column) for column in zip(*ordered, strict=True))
+    depths, thresholds, accuracies = torch.tensor(ordered, dtype=torch.float64).unbind(1)
     return DepthCurve(depths, accuracies, thresholds)
 
 

@@ -111,12 +111,12 @@ def infer(
     >>> halted.depth.float().mean(), halted.evaluations
     (tensor(2.5000), 15)
     """
-    steps = _check_steps(model, steps)
+    steps = check_steps(model, steps)
     check_threshold(threshold, t_min, steps)
     if not 0 <= compact <= 1:
         raise ValueError(f"compact must lie in [0, 1], got {compact}: it is a share of the rows")
     rule = find_rule(rule)
-    with _evaluating(model):
+    with evaluating(model):
         halted = _infer(model, inputs, threshold, rule, steps, t_min, compact)
     if halted.nonfinite:
         warnings.warn(
@@ -226,12 +226,12 @@ def unroll_signals(
     >>> bool((unroll_signals(model, inputs) - model(inputs).scores).abs().max() < 1e-6)
     True
     """
-    steps = _check_steps(model, steps)
+    steps = check_steps(model, steps)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}: nothing would be computed")
     rule = find_rule(rule)
     parts = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in inputs.split(batch_size):
             context = model.inject(batch)
             state = model.start(context)
@@ -247,7 +247,8 @@ def unroll_signals(
 
 
 @contextmanager
-def _evaluating(model: Unrolled) -> Iterator[None]:
+def evaluating(model: Unrolled) -> Iterator[None]:
+    """Put a model into evaluation mode, and back afterwards."""
     training = model.training
     if training:
         model.eval()
@@ -258,7 +259,8 @@ def _evaluating(model: Unrolled) -> Iterator[None]:
             model.train()
 
 
-def _check_steps(model: Unrolled, steps: int | None) -> int:
+def check_steps(model: Unrolled, steps: int | None) -> int:
+    """Return the number of steps to unroll, the model's own by default."""
     steps = model.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}: there would be nothing to read")

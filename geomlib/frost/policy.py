@@ -25,6 +25,7 @@ from torch import Tensor
 
 from geomlib.frost.curves import check_threshold, crossing_depths, depth_threshold
 from geomlib.frost.halting import Halted, HaltingWarning, infer, unroll_signals
+from geomlib.frost.learned import OptimalStopping
 from geomlib.frost.model import Unrolled
 from geomlib.frost.rules import RULES, RankScore, Rule, find_rule
 from geomlib.frost.sketch import KLLSketch, QuantileSketch
@@ -159,6 +160,11 @@ class HaltingPolicy:
         model
             Weights are stored under `model.<name>`, sketch and rule under `sketch.` and `rule.`.
 
+        Raises
+        ------
+        ValueError
+            If the rule is one that was not made here.
+
         Examples
         --------
         >>> from geomlib.frost import vector
@@ -168,6 +174,12 @@ class HaltingPolicy:
         ...     HaltingPolicy.load(Path(folder) / "model.safetensors", model)
         HaltingPolicy(threshold=0.3, q=0.5, t_min=2, steps=12, rule=RankScore)
         """
+        name = type(self.rule).__name__
+        if _known_rules().get(name) is not type(self.rule):
+            raise ValueError(
+                f"rule must be one of {', '.join(_known_rules())} to be saved, got {name}: nothing could "
+                "load it"
+            )
         numbers = [self.threshold, self.q, self.depth, self.atom]
         tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
         for part, state in (
@@ -180,7 +192,7 @@ class HaltingPolicy:
             "t_min": self.t_min,
             "steps": self.steps,
             "calibration": self.calibration,
-            "rule": [type(self.rule).__name__, self.rule.options],
+            "rule": [name, self.rule.options],
         }
         _write_whole(Path(path), tensors, json.dumps(rest))
 
@@ -217,7 +229,7 @@ class HaltingPolicy:
         except RuntimeError as error:
             raise ValueError(f"policy {path} belongs to another model: {error}") from error
         name, options = rest["rule"]
-        known = {rule.__name__: rule for rule in RULES.values()}
+        known = _known_rules()
         if name not in known:
             raise ValueError(f"policy {path} has the rule {name!r}, which is not one of {', '.join(known)}")
         rule = known[name](**options)
@@ -349,6 +361,10 @@ def calibrate(
         sketch,
         rule,
     )
+
+
+def _known_rules() -> dict[str, type[Rule]]:
+    return {rule.__name__: rule for rule in (*RULES.values(), OptimalStopping)}
 
 
 def _digest(inputs: Tensor) -> str:

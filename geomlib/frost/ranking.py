@@ -87,8 +87,8 @@ def step_losses(logits: Tensor, y: Tensor) -> Tensor:
     >>> step_losses(torch.zeros(1, 2, 4), torch.tensor([3]))
     tensor([[1.3863, 1.3863]])
     """
-    _check_labels(logits, y)
-    return _cross_entropy(logits.detach(), y)
+    check_labels(logits, y)
+    return state_losses(logits.detach(), y)
 
 
 def feature_ranks(losses: Tensor) -> Tensor:
@@ -327,10 +327,10 @@ class HaltingLoss:
             Classes `(N,)`.
         """
         logits = trajectory.logits
-        _check_labels(logits, y)
+        check_labels(logits, y)
         supervised = logits[:, -1:] if self.supervise == "last" else logits
         task = self._task(supervised, y)
-        losses = _cross_entropy(logits.detach(), y)
+        losses = state_losses(logits.detach(), y)
         relative, absolute = rank_losses(
             losses,
             trajectory.scores,
@@ -347,10 +347,10 @@ class HaltingLoss:
 
     def _task(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the mean loss of the samples whose loss is finite, and count the others."""
-        finite = torch.isfinite(_cross_entropy(logits.detach(), y)).all(1)
+        finite = torch.isfinite(state_losses(logits.detach(), y)).all(1)
         # Replaced before the loss, not after it: a masked NaN still has a NaN for a gradient.
         safe = torch.where(finite[:, None, None], logits, logits.new_zeros(()))
-        losses = _cross_entropy(safe, y).mean(1) * finite
+        losses = state_losses(safe, y).mean(1) * finite
         missing = (~finite).sum()
         self.dropped = missing if self.dropped is None else self.dropped.to(missing.device) + missing
         if logits.device.type == "cpu" and int(missing):
@@ -363,7 +363,8 @@ class HaltingLoss:
         return losses.sum() / finite.sum().clamp(min=1)
 
 
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def state_losses(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the cross-entropy of every state with its gradient, `(N, T)`, at least float32."""
     n, steps, classes = logits.shape
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -421,7 +422,8 @@ def _absolute(z: Tensor, easy: Tensor, hard: Tensor) -> Tensor:
     return -(up + down).mean()
 
 
-def _check_labels(logits: Tensor, y: Tensor) -> None:
+def check_labels(logits: Tensor, y: Tensor) -> None:
+    """Refuse logits `(N, T, K)` and classes `(N,)` that do not fit; labels are looked at on the CPU only."""
     if logits.ndim != 3 or y.ndim != 1 or len(y) != len(logits):
         raise ValueError(
             f"logits (N, T, K) and y (N,) must fit, got {tuple(logits.shape)} and {tuple(y.shape)}: a state "
