@@ -103,7 +103,8 @@ def depth_threshold(signal: Tensor, depth: float, *, t_min: int = 1) -> float:
     Returns
     -------
     float
-        `-inf` and `inf` at the ends. Where ties forbid the target, the mean depth stays below it.
+        `-inf` and `inf` at the ends. The mean depth stays below the target by less than `(T - t_min) / N`
+        unless signals of several samples are tied.
 
     Raises
     ------
