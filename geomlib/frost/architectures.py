@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     readout_norm: bool
     supervise: Literal["last", "all"]
     detach_halt: bool
+    checkpoint: bool
     generator: torch.Generator | None
     device: torch.device | str | None
     dtype: torch.dtype | None

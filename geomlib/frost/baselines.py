@@ -27,7 +27,9 @@ class Vanilla(Unrolled):
         From the inputs to `(N, width, ...)`.
     transitions : sequence of Transition
         One block for each step; as many as there are steps.
-    width, classes, axes, read_position, readout_norm, supervise, detach_halt, generator, device, dtype
+    width, classes, axes, read_position, readout_norm
+        As in :class:`geomlib.frost.Frost`.
+    supervise, detach_halt, checkpoint, generator, device, dtype
         As in :class:`geomlib.frost.Frost`.
 
     Raises
@@ -61,6 +63,7 @@ class Vanilla(Unrolled):
         readout_norm: bool = False,
         supervise: Literal["last", "all"] = "last",
         detach_halt: bool = False,
+        checkpoint: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,6 +80,7 @@ class Vanilla(Unrolled):
             initial="stem",
             supervise=supervise,
             detach_halt=detach_halt,
+            checkpoint=checkpoint,
             generator=generator,
             device=device,
             dtype=dtype,
@@ -112,6 +116,7 @@ class _Tied(Unrolled):
         readout_norm: bool = False,
         supervise: Literal["last", "all"] = "last",
         detach_halt: bool = False,
+        checkpoint: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -128,6 +133,7 @@ class _Tied(Unrolled):
             initial="stem",
             supervise=supervise,
             detach_halt=detach_halt,
+            checkpoint=checkpoint,
             generator=generator,
             device=device,
             dtype=dtype,

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from geomlib.core.precision import full_precision, working_dtype
 from geomlib.frost.transitions import Prepared, Transition
@@ -119,6 +120,7 @@ class Unrolled(nn.Module):
         initial: Literal["zeros", "stem"],
         supervise: Literal["last", "all"],
         detach_halt: bool,
+        checkpoint: bool,
         generator: torch.Generator | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -136,7 +138,7 @@ class Unrolled(nn.Module):
         _check_supervise(supervise)
         self.stem, self.width, self.classes, self.axes, self.steps = stem, width, classes, axes, steps
         self.read_position, self.initial = read_position, initial
-        self.supervise, self.detach_halt = supervise, detach_halt
+        self.supervise, self.detach_halt, self.checkpoint = supervise, detach_halt, checkpoint
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         if couple:
             self.B, self.C, self.D = (linear(width, width, bias=False, **options) for _ in range(3))
@@ -229,8 +231,9 @@ class Unrolled(nn.Module):
         context = self.inject(inputs)
         state = self.start(context)
         states, pooled = [state], []
+        again = self.checkpoint and torch.is_grad_enabled()
         for t in range(1, steps + 1):
-            state = self.step(state, context, t)
+            state = self._step_again(state, context, t) if again else self.step(state, context, t)
             pooled.append(self.pool(state))
             if keep_states:
                 states.append(state)
@@ -260,6 +263,13 @@ class Unrolled(nn.Module):
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
+
+    def _step_again(self, state: Tensor, context: Context, t: int) -> Tensor:
+        """Apply a step that keeps nothing but the state, and is computed again on the way back."""
+        result: Tensor = recompute(
+            self.step, state, context, t, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
 
     def _read(self, vector: Tensor, dx: Tensor | None, amplitude: Tensor | None) -> Tensor:
         with full_precision(vector.device):  # thresholds and ranks compare these numbers
@@ -321,6 +331,8 @@ class Frost(Unrolled):
         Which readouts carry a gradient.
     detach_halt : bool
         Keep the gradient of the halting score from the backbone.
+    checkpoint : bool
+        Keep only the states for the way back and compute each step again: less memory, a third more time.
     generator : torch.Generator, optional
         Draws the initial weights made here.
     device, dtype
@@ -376,6 +388,7 @@ class Frost(Unrolled):
         readout_norm: bool = False,
         supervise: Literal["last", "all"] = "last",
         detach_halt: bool = False,
+        checkpoint: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -413,6 +426,7 @@ class Frost(Unrolled):
             initial=initial or ("zeros" if mode == "certified" else "stem"),
             supervise=supervise,
             detach_halt=detach_halt,
+            checkpoint=checkpoint,
             generator=generator,
             device=device,
             dtype=dtype,

@@ -20,6 +20,7 @@ from geomlib.frost import (
     step_factor,
     vector,
 )
+from geomlib.testing import saved_tensor_bytes
 
 WIDTH = 12
 
@@ -306,6 +307,20 @@ def test_gradients_are_those_of_the_unrolled_equations():
     assert torch.autograd.gradcheck(loss, values)
 
 
+@pytest.mark.parametrize("mode", [*MODES, "vanilla", "basic_ssm"])
+def test_steps_can_be_computed_again_instead_of_kept(mode):
+    models = [build(mode, steps=20, checkpoint=checkpoint) for checkpoint in (False, True)]
+    x = inputs(50)
+    first, second = (model(x).final.square().sum() for model in models)
+    torch.testing.assert_close(first, second)
+    for loss in (first, second):
+        loss.backward()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    kept, again = (saved_tensor_bytes(lambda: model(x).final, model.parameters()) for model in models)  # noqa: B023
+    assert again < 0.5 * kept
+
+
 @pytest.mark.parametrize("form", ["sigmoid", "exp"])
 def test_the_scale_keeps_its_range_while_it_is_learned(form):
     mode = "certified" if form == "sigmoid" else "euler"
@@ -385,6 +400,12 @@ def test_samples_do_not_influence_each_other(mode):
     torch.testing.assert_close(spoiled.logits[others], clean.logits[others])
     torch.testing.assert_close(spoiled.scores[others], clean.scores[others])
     assert spoiled.scores[2].isnan().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_and_evaluation_compute_the_same(mode):
+    model, x = build(mode, dtype=torch.float32), inputs(dtype=torch.float32)
+    assert torch.equal(model.train()(x).logits, model.eval()(x).logits)
 
 
 def test_layout_of_the_input_does_not_matter():
