@@ -260,7 +260,7 @@ def depth_curve(
             hit = right.gather(1, (depth - 1).unsqueeze(1))
             found[threshold] = (depth.double().mean().item(), hit.double().mean().item())
     ordered = sorted((depth, threshold, accuracy) for threshold, (depth, accuracy) in found.items())
-    depths, thresholds, accuracies = torch.tensor(ordered, dtype=torch.float64).unbind(1)
+    depths, thresholds, accuracies = torch.tensor(ordered, dtype=torch.float64).T.contiguous()
     return DepthCurve(depths, accuracies, thresholds)
 
 

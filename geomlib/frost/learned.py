@@ -149,6 +149,11 @@ class OptimalStopping(Rule):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}: nothing would be computed")
+        if len(inputs) != len(y) or len(y) < 2:
+            raise ValueError(
+                f"inputs and y must have as many rows, two at least, got {len(inputs)} and {len(y)}: nothing "
+                "could be regressed"
+            )
         rule = cls(check_steps(model, steps), prices)
         parts = []
         with evaluating(model):
