@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from inspect import ismethod
 from typing import Any, Literal
 
 import torch
@@ -184,11 +185,10 @@ def layer_dimension(
     sizes = tuple(int(r) for r in fit.sizes)
     if len(sizes) < 2 or fit.status == "empty":
         null = None
-    if null == "closed_form":
+    if null is not None and fit.status == "space_filling":
+        expected = fit.D  # there is one full set
+    elif null == "closed_form":
         expected = float(slopes(sizes, null_counts(grid.shape, found.cells, sizes, copies=grid.copies)))
-        if fit.status == "space_filling":
-            # The same arithmetic of ragged borders for both: a full grid is its own null.
-            expected = fit.D
     elif null == "permutation":
         test = against_copies(mask, dimension_of(mask, window), kind, permutations, generator=generator)
         expected, sd, z = test.mean, test.sd, test.z
@@ -324,7 +324,9 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, object]]:
     for key, parameter in module.named_parameters(recurse=False):
         if key not in sources:
             yield key, parameter
-    if callable(getattr(module, "weight", None)):  # quantized layers keep theirs packed
+    if "weight" not in parametrised and ismethod(
+        getattr(module, "weight", None)
+    ):  # quantized layers keep theirs packed
         yield "weight", module
 
 
