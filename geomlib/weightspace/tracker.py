@@ -121,7 +121,8 @@ class FractalTracker:
                 f"names must be weight tensors of the model, got {', '.join(unknown)}: "
                 f"it has {', '.join(known)}"
             )
-        if taken := sorted({"step", *LayerReport.__dataclass_fields__} & set(measures or ())):
+        columns = {"step", "se", "r2", "scales", "low", "high", *LayerReport.__dataclass_fields__}
+        if taken := sorted(columns & set(measures or ())):
             raise ValueError(f"measures must have names of their own, got {', '.join(taken)}")
         self.model, self.every, self.options = model, every, options
         self.names = None if names is None else frozenset(names)
