@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["chunked"]
 
-LOOP_STEPS = 16  # as many steps as the plain loop takes no longer for
-LOOP_WIDTH = 8192  # numbers in a step from which on the call of an operation costs less than its work
+LOOP_STEPS = 16  # the plain loop is as fast up to here, and up to width / 32 steps of `width` numbers
+LOOP_WIDTH = 8192  # and for any number of steps this wide: calls then cost less than the work in them
 BLOCK_BYTES = 4 << 20  # of one array: four of them stay in the last cache level of one core
 BLOCK_STEPS = 64  # fewer would be calls more than work
 
@@ -199,7 +199,8 @@ def _fill(
     """Write the recurrence into `h` and return its last state."""
     length = b.shape[dim]
     if chunk is None:
-        if length <= LOOP_STEPS or b.numel() >= LOOP_WIDTH * length:
+        width = b.numel() // length
+        if length <= max(LOOP_STEPS, width // 32) or width >= LOOP_WIDTH:
             return _steps(a, b, h, state, dim, reverse)
         chunk = 16 if b.numel() >= 1 << 18 and length >= 64 else 8
     elif chunk >= length:
@@ -210,23 +211,25 @@ def _fill(
         sizes = [rest, length - rest] if reverse else [length - rest, rest]
         cut = [_in_order(x.split(sizes, dim), reverse) for x in (a, b, h)]
         (a, b, h), tail = zip(*cut, strict=True)
-    a, b, h = (x.unflatten(dim, (count, chunk)) for x in (a, b, h))
-    products = torch.empty_like(a)
-    A, B, H, P = (_in_order(x.unbind(dim + 1), reverse) for x in (a, b, h, products))
-    ends, gain = H[0].copy_(B[0]), P[0].copy_(A[0])
-    if state is not None:
-        first = -1 if reverse else 0
-        ends.select(dim, first).addcmul_(gain.select(dim, first), state)
-    for a_t, b_t, h_t, p_t in zip(A[1:], B[1:], H[1:], P[1:], strict=True):
-        ends = torch.addcmul(b_t, a_t, ends, out=h_t)
-        gain = torch.mul(a_t, gain, out=p_t)
-    carried = torch.empty_like(ends)
-    state = _fill(gain, ends, carried, None, dim, reverse, None)
-    # Each chunk but the first in time gets what the one before it ended with.
-    late, early = (0, 1) if reverse else (1, 0)
-    h.narrow(dim, late, count - 1).addcmul_(
-        products.narrow(dim, late, count - 1), carried.narrow(dim, early, count - 1).unsqueeze(dim + 1)
+    A, B, H = (_in_order(x.unflatten(dim, (count, chunk)).unbind(dim + 1), reverse) for x in (a, b, h))
+    # What each chunk makes of a zero state, and by what it multiplies its state.
+    ends, gains = B[0].clone(), A[0].clone()
+    for a_t, b_t in zip(A[1:], B[1:], strict=True):
+        torch.addcmul(b_t, a_t, ends, out=ends)
+        torch.mul(a_t, gains, out=gains)
+    # The states that the chunks begin with, and one more: what the last of them ends with.
+    states = torch.empty(
+        (*ends.shape[:dim], count + 1, *ends.shape[dim + 1 :]), dtype=b.dtype, device=b.device
     )
+    first, late, early = (count, 0, 1) if reverse else (0, 1, 0)
+    if state is None:
+        states.select(dim, first).zero_()
+    else:
+        states.select(dim, first).copy_(state)
+    state = _fill(gains, ends, states.narrow(dim, late, count), state, dim, reverse, None)
+    before = states.narrow(dim, early, count)
+    for a_t, b_t, h_t in zip(A, B, H, strict=True):
+        before = torch.addcmul(b_t, a_t, before, out=h_t)
     if tail is None:
         return state
     late_a, late_b, late_h = tail
