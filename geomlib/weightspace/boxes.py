@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from geomlib.weightspace.null import Border, null_counts
+from geomlib.weightspace.pyramid import integral_image, occupied, pyramid, window_sums
 
 __all__ = ["BoxCounts", "box_counts", "gliding_mass", "null_counts", "point_counts", "shifted_counts"]
-
-Border = Literal["clip", "full"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +118,10 @@ def box_counts(
     flat = mask.reshape(-1, *shape)
     nested = not any(shifts) and all(large % small == 0 for small, large in pairwise(wanted))
     if nested:
-        counts = _pyramid(flat, wanted, border == "full")
+        counts = pyramid(flat, wanted, border == "full")
     else:
-        image = integral_image(flat.to(torch.int32 if math.prod(shape) < 2**31 else torch.int64), d)
-        counts = [_occupied(image, shape, r, shifts, border == "full") for r in wanted]
+        image = integral_image(flat, d)
+        counts = [occupied(image, r, shifts, border == "full") for r in wanted]
     boxes = tuple(
         math.prod(_number(n, r, o % r, border == "full") for n, o in zip(shape, shifts, strict=True))
         for r in wanted
@@ -183,13 +182,13 @@ def shifted_counts(
         raise ValueError(f"reduce must be 'mean' or 'min', got {reduce!r}")
     mask, shape = _as_mask(mask, d)
     wanted = _sizes(sizes, shape, 2, border)
-    image = integral_image(mask.reshape(-1, *shape).to(torch.int64), d)
+    image = integral_image(mask.reshape(-1, *shape), d)
     columns = []
     for r in wanted:
         shifts = sorted({i * r // offsets for i in range(offsets)})
         found = []
         for chosen in product(shifts, repeat=d):
-            count = _occupied(image, shape, r, chosen, border == "full").double()
+            count = occupied(image, r, chosen, border == "full").double()
             if border == "full":
                 boxes = math.prod(_number(n, r, o, True) for n, o in zip(shape, chosen, strict=True))
                 count = count * (math.prod(n / r for n in shape) / boxes if boxes else math.nan)
@@ -234,22 +233,8 @@ def gliding_mass(values: Tensor, r: int, *, d: int = 2) -> Tensor:
         raise ValueError(f"d must lie between 1 and the axes of values, got {d} for {tuple(values.shape)}")
     if not 1 <= r <= min(values.shape[-d:]):
         raise ValueError(f"r must fit into the grid {tuple(values.shape[-d:])}, got {r}: no window would")
-    return window_sums(integral_image(values.to(_wide(values)), d), r, d)
-
-
-def integral_image(values: Tensor, d: int) -> Tensor:
-    """Sum over all cells before each position of the last `d` axes: `(..., n_i + 1)`, zero in front."""
-    for axis in range(values.ndim - d, values.ndim):
-        values = values.cumsum(axis, dtype=values.dtype)
-    return pad(values, [1, 0] * d)
-
-
-def window_sums(image: Tensor, r: int, d: int) -> Tensor:
-    """Sum over every window of side `r` from an integral image: `(..., n_i - r + 1)`."""
-    for axis in range(image.ndim - d, image.ndim):
-        n = image.shape[axis] - r
-        image = image.narrow(axis, r, n) - image.narrow(axis, 0, n)
-    return image
+    total = window_sums(integral_image(values, d), r, d)
+    return total if values.is_floating_point() else total.to(torch.int64)
 
 
 def point_counts(
@@ -312,111 +297,6 @@ def point_counts(
     return BoxCounts(sizes, counts, tuple((2**levels // r) ** d for r in sizes), (2**levels,) * d)
 
 
-def null_counts(
-    shape: Sequence[int],
-    m: int | Tensor,
-    sizes: Sequence[int],
-    *,
-    border: Border = "clip",
-    copies: int = 1,
-) -> Tensor:
-    """Return the expected counts of a uniformly random set of `m` cells.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Sides of the grid.
-    m : int or Tensor
-        Number of occupied cells; a tensor of integers, of any shape, is a batch.
-    sizes : sequence of int
-        Sides of the boxes.
-    border : {"clip", "full"}
-        As in `box_counts`.
-    copies : int
-        Grids of this shape that are counted together, `m` cells in all of them.
-
-    Returns
-    -------
-    Tensor
-        `(len(sizes),)` or `(*m.shape, len(sizes))`, float64 on the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the shape, a size or `copies` is not positive, or `m` is not between 0 and the number of cells.
-
-    Notes
-    -----
-    Source: reconstructed. A box of `b` of the `n` cells is empty with the hypergeometric probability
-    `C(n - b, m) / C(n, m)`, and expectations add up whatever the dependence between boxes. This is what any
-    layer of weights gives whose large entries sit nowhere in particular: a slope below `d`, and a straight
-    line.
-
-    Examples
-    --------
-    >>> null_counts((2, 2), 2, [1, 2]).tolist()
-    [2.0, 1.0]
-    """
-    if len(shape) == 0 or min(shape) < 1 or copies < 1:
-        raise ValueError(f"shape and copies must be positive, got {tuple(shape)} and {copies}")
-    if len(sizes) == 0 or min(sizes) < 1:
-        raise ValueError(f"sizes must be positive, got {tuple(sizes)}: a box holds at least one cell")
-    if border not in get_args(Border):
-        raise ValueError(f"border must be one of {get_args(Border)}, got {border!r}")
-    n = copies * math.prod(shape)
-    occupied = np.asarray(m.detach().cpu().numpy() if isinstance(m, Tensor) else m, dtype=np.int64)
-    if occupied.size and (occupied.min() < 0 or occupied.max() > n):
-        raise ValueError(f"m must lie between 0 and the {n} cells, got {occupied.min()} to {occupied.max()}")
-    columns = []
-    for r in sizes:
-        expected = np.zeros(occupied.shape)
-        for kind in product(*[_sides(side, r, border == "full") for side in shape]):
-            number = copies * math.prod(count for count, _ in kind)
-            if number:
-                expected += number * -np.expm1(
-                    _log_empty(n, math.prod(length for _, length in kind), occupied)
-                )
-        columns.append(expected)
-    return torch.from_numpy(np.stack(columns, -1))
-
-
-def _sides(n: int, r: int, full: bool) -> list[tuple[int, int]]:
-    """List how many boxes have which length along an axis."""
-    return [(n // r, r)] + ([(1, n % r)] if n % r and not full else [])
-
-
-def _log_empty(n: int, b: int, m: np.ndarray) -> np.ndarray:
-    """Return log C(n - b, m) / C(n, m), to a relative accuracy that differences of lgamma do not have."""
-    if b == 1:
-        with np.errstate(divide="ignore"):
-            return np.log1p(-m / n)
-    result = np.full(m.shape, -np.inf)
-    for index in np.ndindex(m.shape):
-        few, many = sorted((b, int(m[index])))
-        if many + few > n:
-            continue  # too many cells to leave the box empty
-        if few <= 64:
-            result[index] = np.log1p(-many / (n - np.arange(few))).sum()
-        elif many * few < 800 * n:  # beyond, exp(result) is zero in float64
-            result[index] = _stirling(n, few, many)
-    return result
-
-
-def _stirling(n: int, b: int, m: int) -> float:
-    """Return log of (n-m)! (n-b)! / (n! (n-m-b)!): Stirling's leading terms cancelled by hand."""
-    rest = n - m - b
-    if rest < 32:
-        return math.lgamma(n - m + 1) + math.lgamma(n - b + 1) - math.lgamma(n + 1) - math.lgamma(rest + 1)
-    leading = b * math.log1p(-m / n) - (rest + 0.5) * math.log1p(-b / (n - m))
-    leading += (n - b + 0.5) * math.log1p(-b / n)
-    return leading + _tail(n - m) + _tail(n - b) - _tail(n) - _tail(rest)
-
-
-def _tail(x: int) -> float:
-    """Return what Stirling's formula leaves out of log x!."""
-    return 1 / (12 * x) - 1 / (360 * x**3) + 1 / (1260 * x**5)
-
-
 def _as_mask(mask: Tensor, d: int) -> tuple[Tensor, tuple[int, ...]]:
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(
@@ -450,96 +330,6 @@ def _sizes(
 def _number(n: int, r: int, shift: int, full: bool) -> int:
     """Count the boxes along an axis of `n` cells whose grid is shifted by `shift < r`."""
     return max(0, (n - (r - shift) % r) // r) if full else -(-(n + shift) // r)
-
-
-def _pyramid(x: Tensor, sizes: tuple[int, ...], full: bool) -> list[Tensor]:
-    """Join boxes by OR from size to size; `x` is `(batch, n_1, ..., n_d)`."""
-    counts, done = [], 1
-    for r in sizes:
-        for factor in _factors(r // done):
-            for axis in range(1, x.ndim):
-                x = _join(x, axis, factor, full)
-        done = r
-        counts.append(_popcount(x))
-    return counts
-
-
-def _factors(number: int) -> list[int]:
-    found, p = [], 2
-    while number > 1:
-        while number % p == 0:
-            found.append(p)
-            number //= p
-        p = p + 1 if p * p <= number else max(p + 1, number)
-    return found
-
-
-def _join(x: Tensor, axis: int, factor: int, full: bool) -> Tensor:
-    """Or groups of `factor` neighbours along an axis; the last group may be smaller, or goes if `full`."""
-    n = x.shape[axis]
-    if n == 1 and not full:
-        return x
-    if n % factor and full:
-        x = x.narrow(axis, 0, n - n % factor)
-    elif n % factor:
-        fill = [0, 0] * (x.ndim - 1 - axis) + [0, -n % factor]
-        x = pad(x, fill)
-    last = axis == x.ndim - 1
-    if last and factor in (2, 4, 8):
-        # A word of so many bytes is true if one of them is: the cast joins them at the speed of memory.
-        word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[factor]
-        return _words(x, word).to(torch.bool)
-    if not last and x[0].numel() and x.shape[-1] % 8 == 0:
-        return _or_slices(_words(x, torch.int64), axis, factor).view(torch.bool)
-    return _or_slices(x, axis, factor)
-
-
-def _or_slices(x: Tensor, axis: int, factor: int) -> Tensor:
-    parts = x.unflatten(axis, (-1, factor)).unbind(axis + 1)
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined | part
-    return joined
-
-
-def _words(x: Tensor, word: torch.dtype) -> Tensor:
-    """Read a boolean tensor, whose rows are whole words, as `(..., n / bytes)` integers."""
-    if x.storage_offset() % word.itemsize:
-        x = x.clone(memory_format=torch.contiguous_format)
-    # Flat in between: an axis of length one may have any stride, which a view as words would refuse.
-    return x.reshape(-1).view(word).view(*x.shape[:-1], x.shape[-1] // word.itemsize)
-
-
-def _popcount(x: Tensor) -> Tensor:
-    """Count the true cells of each sample, eight to a word: `(batch,)`, int64."""
-    x = x.flatten(1)
-    m = x.shape[1]
-    block = 1024 if m > 1024 else 8
-    if m % block:
-        x = pad(x, [0, -m % block])
-    # 128 words add up without a carry from byte to byte; their bytes are then added in pairs, and in fours.
-    words = _words(x, torch.int64).unflatten(1, (-1, block // 8)).sum(2)
-    pairs = (words & _LOW_BYTES) + ((words >> 8) & _LOW_BYTES)
-    return (((pairs * _ONES) >> 48) & 0xFFFF).sum(1)
-
-
-_LOW_BYTES = 0x00FF00FF00FF00FF
-_ONES = 0x0001000100010001
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.is_floating_point() else torch.int64
-
-
-def _occupied(image: Tensor, shape: tuple[int, ...], r: int, shifts: Sequence[int], full: bool) -> Tensor:
-    """Count occupied boxes of side `r` on a shifted grid from the integral image `(batch, n_1 + 1, ...)`."""
-    for axis, (n, shift) in enumerate(zip(shape, shifts, strict=True), 1):
-        start = (r - shift % r) % r
-        edges = torch.arange(min(start, n), n + 1 if full else n, r)
-        if not full:
-            edges = torch.cat([torch.zeros(int(start > 0), dtype=torch.int64), edges, torch.tensor([n])])
-        image = image.index_select(axis, edges.to(image.device)).diff(dim=axis)
-    return _popcount(image > 0)
 
 
 def _spread(x: Tensor, d: int, bits: int) -> Tensor:
