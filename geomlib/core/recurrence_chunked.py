@@ -1,10 +1,11 @@
 r"""The linear recurrence in chunks of chunks, with its own backward pass: what `linear_recurrence` runs.
 
 Time is cut into `n` chunks of `C` steps. All chunks are stepped through together, as if each began at zero,
-while the products of their coefficients are kept; the ends of the chunks obey a recurrence of length `n`,
-solved in the same way; one fused operation then adds to each chunk what came before it. That is three passes
-over the data, in operations on `n` times as many numbers as a step of the plain loop. Reconstructed: the
-two-level scheme is that of Blelloch 1990; the sizes were measured (`benchmarks/recurrence.py`).
+to learn what each makes of a zero state, and the product of its coefficients is what it makes of another one.
+The states at the ends of the chunks then obey a recurrence of length `n`, solved in the same way, and from the
+right states all chunks are stepped through again. That is twice the work of the loop and a product, in
+operations on `n` times as many numbers, with `2 / C` of the data as scratch. Reconstructed: the two levels
+are those of reduce-then-scan (Blelloch 1990); the sizes were measured (`benchmarks/recurrence.py`).
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def _fill(
         width = b.numel() // length
         if length <= max(LOOP_STEPS, width // 32) or width >= LOOP_WIDTH:
             return _steps(a, b, h, state, dim, reverse)
-        chunk = 16 if b.numel() >= 1 << 18 and length >= 64 else 8
+        chunk = 16 if b.numel() >= 1 << 16 and length >= 64 else 8
     elif chunk >= length:
         return _steps(a, b, h, state, dim, reverse)
     count, rest = divmod(length, chunk)
@@ -211,12 +212,12 @@ def _fill(
         sizes = [rest, length - rest] if reverse else [length - rest, rest]
         cut = [_in_order(x.split(sizes, dim), reverse) for x in (a, b, h)]
         (a, b, h), tail = zip(*cut, strict=True)
-    A, B, H = (_in_order(x.unflatten(dim, (count, chunk)).unbind(dim + 1), reverse) for x in (a, b, h))
+    a, b, h = (x.unflatten(dim, (count, chunk)) for x in (a, b, h))
+    A, B, H = (_in_order(x.unbind(dim + 1), reverse) for x in (a, b, h))
     # What each chunk makes of a zero state, and by what it multiplies its state.
-    ends, gains = B[0].clone(), A[0].clone()
+    ends, gains = B[0].clone(), a.prod(dim + 1)
     for a_t, b_t in zip(A[1:], B[1:], strict=True):
         torch.addcmul(b_t, a_t, ends, out=ends)
-        torch.mul(a_t, gains, out=gains)
     # The states that the chunks begin with, and one more: what the last of them ends with.
     states = torch.empty(
         (*ends.shape[:dim], count + 1, *ends.shape[dim + 1 :]), dtype=b.dtype, device=b.device
