@@ -1,9 +1,8 @@
 """Counting the boxes that a set occupies, at many scales in one pass, and what chance alone would count.
 
-Two fast forms with one meaning. If each size divides the next, boxes are joined by OR, eight cells to a
-machine word; any other sizes, shifted grids and gliding windows come from an integral image. Clouds of
-points are counted by one sort of their Morton codes. `null_counts` is the expectation for a random set
-(arXiv 2503.14298 states no null; reconstructed).
+Boxes are joined by OR from size to size, eight cells to a machine word (`pyramid`); gliding windows come
+from an integral image; clouds of points are counted by one sort of their Morton codes. `null_counts`, the
+expectation for a random set, is in `null` and exported here.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from geomlib.weightspace.null import Border, null_counts
-from geomlib.weightspace.pyramid import integral_image, occupied, pyramid, window_sums
+from geomlib.weightspace.pyramid import occupied
 
 __all__ = ["BoxCounts", "box_counts", "gliding_mass", "null_counts", "point_counts", "shifted_counts"]
 
@@ -96,9 +96,9 @@ def box_counts(
     Notes
     -----
     Source: box counting as in the abstract of arXiv 2503.14298. Reconstructed: a set is needed, because
-    every box of a dense real tensor is occupied and its dimension is then that of the grid. Where each size
-    divides the next and the grid is not shifted, all sizes together cost little more than the first and
-    nothing waits for the device.
+    every box of a dense real tensor is occupied and its dimension is then that of the grid. A size starts
+    from the largest smaller one that divides it, so that all powers of two together cost little more than
+    the first. Nothing waits for the device.
 
     Examples
     --------
@@ -115,18 +115,12 @@ def box_counts(
         raise ValueError(f"offset must be one or {d} numbers of cells, none negative, got {offset}")
     wanted = _sizes(sizes, shape, ratio, border)
     batch = mask.shape[: mask.ndim - d]
-    flat = mask.reshape(-1, *shape)
-    nested = not any(shifts) and all(large % small == 0 for small, large in pairwise(wanted))
-    if nested:
-        counts = pyramid(flat, wanted, border == "full")
-    else:
-        image = integral_image(flat, d)
-        counts = [occupied(image, r, shifts, border == "full") for r in wanted]
+    counts = occupied(mask.reshape(-1, *shape), wanted, shifts, border == "full")
     boxes = tuple(
         math.prod(_number(n, r, o % r, border == "full") for n, o in zip(shape, shifts, strict=True))
         for r in wanted
     )
-    return BoxCounts(wanted, torch.stack(counts, -1).reshape(*batch, len(wanted)), boxes, shape)
+    return BoxCounts(wanted, counts.reshape(*batch, len(wanted)), boxes, shape)
 
 
 def shifted_counts(
@@ -182,13 +176,13 @@ def shifted_counts(
         raise ValueError(f"reduce must be 'mean' or 'min', got {reduce!r}")
     mask, shape = _as_mask(mask, d)
     wanted = _sizes(sizes, shape, 2, border)
-    image = integral_image(mask.reshape(-1, *shape), d)
+    flat = mask.reshape(-1, *shape)
     columns = []
     for r in wanted:
         shifts = sorted({i * r // offsets for i in range(offsets)})
         found = []
         for chosen in product(shifts, repeat=d):
-            count = occupied(image, r, chosen, border == "full").double()
+            count = occupied(flat, [r], chosen, border == "full")[:, 0].double()
             if border == "full":
                 boxes = math.prod(_number(n, r, o, True) for n, o in zip(shape, chosen, strict=True))
                 count = count * (math.prod(n / r for n in shape) / boxes if boxes else math.nan)
@@ -235,6 +229,31 @@ def gliding_mass(values: Tensor, r: int, *, d: int = 2) -> Tensor:
         raise ValueError(f"r must fit into the grid {tuple(values.shape[-d:])}, got {r}: no window would")
     total = window_sums(integral_image(values, d), r, d)
     return total if values.is_floating_point() else total.to(torch.int64)
+
+
+def integral_image(values: Tensor, d: int) -> Tensor:
+    """Sum over all cells before each position of the last `d` axes: `(..., n_i + 1)`, zero in front.
+
+    int32 for booleans where that is wide enough, else int64; float64 for floats.
+    """
+    if values.is_floating_point():
+        wide = torch.float64
+    else:
+        cells = values[(0,) * (values.ndim - d)].numel()
+        wide = torch.int32 if values.dtype == torch.bool and cells < 2**31 else torch.int64
+    values = pad(values, [1, 0] * d)
+    for axis in range(values.ndim - 1, values.ndim - 1 - d, -1):
+        # Along the last axis of memory a cumulative sum is ten times as fast as along any other.
+        values = values.movedim(axis, -1).contiguous().cumsum(-1, dtype=wide).movedim(-1, axis)
+    return values
+
+
+def window_sums(image: Tensor, r: int, d: int) -> Tensor:
+    """Sum over every window of side `r` from an integral image: `(..., n_i - r + 1)`."""
+    for axis in range(image.ndim - d, image.ndim):
+        n = image.shape[axis] - r
+        image = image.narrow(axis, r, n) - image.narrow(axis, 0, n)
+    return image
 
 
 def point_counts(

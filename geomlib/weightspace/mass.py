@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geomlib.weightspace.boxes import integral_image, window_sums
 from geomlib.weightspace.dimension import line_slope
-from geomlib.weightspace.pyramid import integral_image, window_sums
 from geomlib.weightspace.transform import T, as_signal
 
 __all__ = ["GeneralisedDimensions", "lacunarity", "renyi_dimensions"]

@@ -1,6 +1,7 @@
-"""The two fast forms behind the box counts: OR of neighbours, eight cells to a word, and an integral image.
+"""The fast form behind box counts: OR of neighbouring boxes, eight cells to a machine word.
 
-Both work on a batch `(batch, n_1, ..., n_d)` of any device and never make the host wait.
+It works on a batch `(batch, n_1, ..., n_d)` of any device and never makes the host wait. A size starts from
+the largest smaller one that divides it, so that the powers of two together cost little more than the first.
 """
 
 from __future__ import annotations
@@ -11,19 +12,66 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["integral_image", "occupied", "popcount", "pyramid", "window_sums"]
+__all__ = ["occupied"]
 
 
-def pyramid(x: Tensor, sizes: tuple[int, ...], full: bool) -> list[Tensor]:
-    """Join boxes by OR from size to size; `x` is `(batch, n_1, ..., n_d)`."""
-    counts, done = [], 1
+def occupied(mask: Tensor, sizes: Sequence[int], shifts: Sequence[int], full: bool) -> Tensor:
+    """Count occupied boxes of each size on a grid that is shifted towards the origin.
+
+    Parameters
+    ----------
+    mask : Tensor
+        `(batch, n_1, ..., n_d)`, boolean.
+    sizes : sequence of int
+        Sides of the boxes, growing.
+    shifts : sequence of int
+        Cells by which the grid is shifted, per axis.
+    full : bool
+        Leave out the boxes that the border cuts.
+
+    Returns
+    -------
+    Tensor
+        `(batch, len(sizes))`, int64.
+
+    Raises
+    ------
+    ValueError
+        Never: `box_counts` has looked at the arguments.
+
+    Notes
+    -----
+    Source: reconstructed. The boxes of side `r` shifted by `o` are unions of the boxes of side `s` shifted
+    by `o` whenever `s` divides `r`.
+
+    Examples
+    --------
+    >>> occupied(torch.eye(6, dtype=torch.bool)[None], [1, 2, 3], [0, 0], False).tolist()
+    [[6, 3, 2]]
+    """
+    known, counts = {1: mask}, []
     for r in sizes:
+        done = max(s for s in known if r % s == 0)
+        x = known[done]
+        for axis, shift in enumerate(shifts, 1):
+            lead = ((-shift if full else shift) % r) // done
+            x = _align(x, axis, lead, full)
         for factor in _factors(r // done):
             for axis in range(1, x.ndim):
                 x = _join(x, axis, factor, full)
-        done = r
-        counts.append(popcount(x))
-    return counts
+        known[r] = x
+        counts.append(_popcount(x))
+    return torch.stack(counts, -1)
+
+
+def _align(x: Tensor, axis: int, lead: int, full: bool) -> Tensor:
+    """Let the first box start at position 0: pad before it, or drop what lies before the first whole one."""
+    if lead == 0:
+        return x
+    if full:
+        lead = min(lead, x.shape[axis])
+        return x.narrow(axis, lead, x.shape[axis] - lead)
+    return pad(x, [0, 0] * (x.ndim - 1 - axis) + [lead, 0])
 
 
 def _factors(number: int) -> list[int]:
@@ -64,7 +112,7 @@ def _join(x: Tensor, axis: int, factor: int, full: bool) -> Tensor:
 
 
 def _or_slices(x: Tensor, axis: int, factor: int) -> Tensor:
-    parts = x.unflatten(axis, (-1, factor)).unbind(axis + 1)
+    parts = x.unflatten(axis, (x.shape[axis] // factor, factor)).unbind(axis + 1)
     joined = parts[0]
     for part in parts[1:]:
         joined = joined | part
@@ -73,67 +121,23 @@ def _or_slices(x: Tensor, axis: int, factor: int) -> Tensor:
 
 def _words(x: Tensor, word: torch.dtype) -> Tensor:
     """Read a boolean tensor, whose rows are whole words, as `(..., n / bytes)` integers."""
-    if x.storage_offset() % word.itemsize:
-        x = x.clone(memory_format=torch.contiguous_format)
     # Flat in between: an axis of length one may have any stride, which a view as words would refuse.
-    return x.reshape(-1).view(word).view(*x.shape[:-1], x.shape[-1] // word.itemsize)
+    flat = x.reshape(-1).contiguous()
+    flat = flat.clone() if flat.storage_offset() % word.itemsize else flat
+    return flat.view(word).view(*x.shape[:-1], x.shape[-1] // word.itemsize)
 
 
-def popcount(x: Tensor) -> Tensor:
+def _popcount(x: Tensor) -> Tensor:
     """Count the true cells of each sample, eight to a word: `(batch,)`, int64."""
     x = x.flatten(1)
     m = x.shape[1]
     block = 1024 if m > 1024 else 8
-    if m % block:
-        x = pad(x, [0, -m % block])
+    x = pad(x, [0, -m % block]) if m % block else x
     # 128 words add up without a carry from byte to byte; their bytes are then added in pairs, and in fours.
-    words = _words(x, torch.int64).unflatten(1, (-1, block // 8)).sum(2)
+    words = _words(x, torch.int64).unflatten(1, (x.shape[1] // block, block // 8)).sum(2)
     pairs = (words & _LOW_BYTES) + ((words >> 8) & _LOW_BYTES)
     return (((pairs * _ONES) >> 48) & 0xFFFF).sum(1)
 
 
 _LOW_BYTES = 0x00FF00FF00FF00FF
 _ONES = 0x0001000100010001
-
-
-def integral_image(values: Tensor, d: int) -> Tensor:
-    """Sum over all cells before each position of the last `d` axes: `(..., n_i + 1)`, zero in front.
-
-    int32 for booleans where that is wide enough, else int64; float64 for floats.
-    """
-    if values.is_floating_point():
-        wide = torch.float64
-    else:
-        cells = values[(0,) * (values.ndim - d)].numel()
-        wide = torch.int32 if values.dtype == torch.bool and cells < 2**31 else torch.int64
-    values = pad(values, [1, 0] * d)
-    for axis in range(values.ndim - 1, values.ndim - 1 - d, -1):
-        # Along the last axis of memory a cumulative sum is ten times as fast as along any other.
-        values = values.movedim(axis, -1).contiguous().cumsum(-1, dtype=wide).movedim(-1, axis)
-    return values
-
-
-def window_sums(image: Tensor, r: int, d: int) -> Tensor:
-    """Sum over every window of side `r` from an integral image: `(..., n_i - r + 1)`."""
-    for axis in range(image.ndim - d, image.ndim):
-        n = image.shape[axis] - r
-        image = image.narrow(axis, r, n) - image.narrow(axis, 0, n)
-    return image
-
-
-def occupied(image: Tensor, r: int, shifts: Sequence[int], full: bool) -> Tensor:
-    """Count occupied boxes of side `r` on a shifted grid from the integral image `(batch, n_i + 1)`."""
-    for axis in range(len(shifts), 0, -1):  # the first axis is the innermost in memory
-        n, start = image.shape[axis] - 1, -shifts[axis - 1] % r
-        if full:
-            edges = image.narrow(axis, min(start, n), n + 1 - min(start, n))[_every(axis, r)]
-        else:
-            inner = image.narrow(axis, start, max(0, n - start))[_every(axis, r)] if start < n else None
-            parts = [image.narrow(axis, 0, int(start > 0)), inner, image.narrow(axis, n, 1)]
-            edges = torch.cat([part for part in parts if part is not None], axis)
-        image = edges.diff(dim=axis)
-    return popcount(image.to(torch.bool))
-
-
-def _every(axis: int, r: int) -> tuple[slice, ...]:
-    return (slice(None),) * axis + (slice(None, None, r),)

@@ -304,8 +304,8 @@ def defect(k: int, j: int, *, ratio: int = 2) -> int:
     return ratio**-k - ratio ** max(0, -k - j) if j > 0 > k else 0
 
 
-def as_signal(W: Tensor, name: str = "W") -> Tensor:
-    """Return a tensor as finite real numbers that can be averaged.
+def as_signal(W: Tensor, name: str = "W", *, check_finite: bool = True) -> Tensor:
+    """Return a tensor as dense real numbers that can be compared and averaged.
 
     Parameters
     ----------
@@ -314,6 +314,8 @@ def as_signal(W: Tensor, name: str = "W") -> Tensor:
         replaced by their modulus.
     name : str
         What the tensor is called in an error.
+    check_finite : bool
+        Refuse NaN and infinities, which waits for the device; `False` leaves them in.
 
     Returns
     -------
@@ -323,7 +325,7 @@ def as_signal(W: Tensor, name: str = "W") -> Tensor:
     Raises
     ------
     ValueError
-        If the tensor is on the `meta` device, is empty, or holds NaN or infinities.
+        If the tensor is on the `meta` device, is empty, or, unless allowed, holds NaN or infinities.
 
     Notes
     -----
@@ -350,7 +352,7 @@ def as_signal(W: Tensor, name: str = "W") -> Tensor:
         raise ValueError(f"{name} must not be empty, got shape {tuple(W.shape)}: it has no cells")
     if not W.is_floating_point():
         return W.to(torch.float64)
-    if not bool(torch.isfinite(W).all()):
+    if check_finite and not bool(torch.isfinite(W).all()):
         bad, nan = int((~torch.isfinite(W)).sum()), int(torch.isnan(W).sum())
         raise ValueError(
             f"{name} must be finite, got {nan} NaN and {bad - nan} infinite of {W.numel()} entries: "

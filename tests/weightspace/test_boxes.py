@@ -96,7 +96,7 @@ def test_batch_is_the_loop_over_layers_and_thresholds(generator, device):
             assert torch.equal(together.counts[i, j].cpu(), box_counts(masks[i, j], **options).counts.cpu())
 
 
-@pytest.mark.parametrize("view", ["transposed", "sliced", "offset", "expanded"])
+@pytest.mark.parametrize("view", ["transposed", "sliced", "offset", "expanded", "slice of a kernel"])
 def test_layout_in_memory_does_not_matter(view, generator):
     mask = random_mask((40, 72), 0.1, generator=generator)
     seen = {
@@ -104,6 +104,7 @@ def test_layout_in_memory_does_not_matter(view, generator):
         "sliced": mask[:, 3:67:2],
         "offset": mask.flatten()[5 : 5 + 32 * 64].view(32, 64),
         "expanded": mask[0].expand(16, 72),
+        "slice of a kernel": mask.view(16, 20, 3, 3)[:, :, 1, 2],
     }[view]
     copy = seen.clone(memory_format=torch.contiguous_format)
     assert torch.equal(box_counts(seen).counts, box_counts(copy).counts)

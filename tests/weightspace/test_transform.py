@@ -257,6 +257,7 @@ def test_sparse_complex_and_quantised_tensors_become_signals():
     assert as_signal(torch.tensor([3 + 4j])).tolist() == [5.0]
     quantised = torch.quantize_per_tensor(dense, 0.5, 0, torch.qint8)
     assert torch.equal(as_signal(quantised), dense)
+    assert as_signal(torch.tensor([math.inf, 1.0]), check_finite=False).tolist() == [math.inf, 1.0]
 
 
 def test_coordinates_never_wait_for_the_device(emulated):
