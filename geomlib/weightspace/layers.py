@@ -23,7 +23,8 @@ from geomlib.weightspace.boxes import null_counts
 from geomlib.weightspace.dimension import DimFit, Window, self_similarity, slopes
 from geomlib.weightspace.layouts import lay_out
 from geomlib.weightspace.symmetry import against_copies, dimension_of, fit_grid
-from geomlib.weightspace.thresholds import NanPolicy, Threshold, occupied_set, readable
+from geomlib.weightspace.thresholds import NanPolicy, Threshold, occupied_set
+from geomlib.weightspace.transform import as_signal
 
 __all__ = ["LayerReport", "WeightTensor", "layer_dimension", "model_report", "weight_tensors"]
 
@@ -132,7 +133,7 @@ def layer_dimension(
     Parameters
     ----------
     W : Tensor
-        `(out, in / groups, *kernel)` of any dtype that `readable` reads.
+        `(out, in / groups, *kernel)` of any dtype that `as_signal` reads.
     layout, groups, transposed
         See `lay_out`.
     threshold, nan_policy, ties
@@ -175,7 +176,9 @@ def layer_dimension(
         raise ValueError(f"null must be closed_form, permutation or None, got {null!r}: it names no null")
     if null == "permutation" and permutations < 2:
         raise ValueError(f"permutations must be at least 2, got {permutations}: one copy has no scatter")
-    grid = lay_out(readable(W, name=name), layout, groups=groups, transposed=transposed)
+    grid = lay_out(
+        as_signal(W.detach(), name, check_finite=False), layout, groups=groups, transposed=transposed
+    )
     found = occupied_set(
         grid.values, threshold, nan_policy=nan_policy, ties=ties, name=name, generator=generator
     )

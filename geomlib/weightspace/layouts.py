@@ -124,8 +124,8 @@ def lay_out(W: Tensor, layout: str = "matrix", *, groups: int = 1, transposed: b
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}: it names no grid")
-    if W.numel() == 0:
-        raise ValueError(f"W must have entries, got shape {tuple(W.shape)}: no box could be occupied")
+    if W.numel() == 0 or W.ndim == 0:
+        raise ValueError(f"W must have entries on an axis, got shape {tuple(W.shape)}: it spans no boxes")
     if layout == "vector":
         return Grid(W.reshape(1, -1), layout)
     kernels = filters(W, groups=groups, transposed=transposed)

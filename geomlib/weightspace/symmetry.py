@@ -19,7 +19,8 @@ from geomlib.weightspace.boxes import box_counts
 from geomlib.weightspace.canonical import relabel, rescale, same_function
 from geomlib.weightspace.dimension import DimFit, Window, fit_dimension, slopes
 from geomlib.weightspace.layouts import Grid, lay_out
-from geomlib.weightspace.thresholds import NanPolicy, Threshold, occupied_set, readable
+from geomlib.weightspace.thresholds import NanPolicy, Threshold, occupied_set
+from geomlib.weightspace.transform import as_signal
 from geomlib.weightspace.units import trace
 
 __all__ = [
@@ -156,7 +157,8 @@ def perm_test(
     >>> perm_test(W, permutations=19, generator=generator).p > 0.05
     True
     """
-    grid = lay_out(readable(W), layout, groups=groups, transposed=transposed)
+    signal = as_signal(W.detach(), check_finite=statistic is not None)
+    grid = lay_out(signal, layout, groups=groups, transposed=transposed)
     if statistic is None:
         mask = grid.like(occupied_set(grid.values, threshold, nan_policy=nan_policy).mask)
         return against_copies(mask, dimension_of(mask, window), kind, permutations, generator=generator)

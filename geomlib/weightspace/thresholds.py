@@ -14,7 +14,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Occupied", "Threshold", "occupied_set", "readable"]
+from geomlib.weightspace.transform import as_signal
+
+__all__ = ["Occupied", "Threshold", "occupied_set"]
 
 Threshold: TypeAlias = tuple[str, float] | Literal["nonzero"]
 NanPolicy: TypeAlias = Literal["raise", "omit"]
@@ -65,7 +67,7 @@ def occupied_set(
     Parameters
     ----------
     W : Tensor
-        Any shape, dtype and layout that `readable` can read.
+        Any shape, dtype and layout that `as_signal` can read.
     threshold : (str, float) or "nonzero"
         `("quantile", q)`: above the `ceil(q n)`-th smallest absolute value. `("std", c)`: above `c` standard
         deviations of the entries. `("abs", tau)`: above `tau`. `"nonzero"`: for pruned networks.
@@ -106,7 +108,7 @@ def occupied_set(
         raise ValueError(f"nan_policy must be raise or omit, got {nan_policy!r}")
     if ties not in ("strict", "random"):
         raise ValueError(f"ties must be strict or random, got {ties!r}: it names no choice")
-    values = readable(W, name=name)
+    values = as_signal(W.detach(), name, check_finite=False)
     size = values.abs()
     omitted, kept = 0, size.flatten()
     # One pass: a sum is finite only if its parts are (or overflows, and then the slow look decides).
@@ -133,52 +135,6 @@ def occupied_set(
     if rule == "quantile" and ties == "random":
         mask = _drawn(mask, size == level, kept.numel() - rank, generator)
     return Occupied(mask, float(level), int(mask.sum()), omitted)
-
-
-def readable(W: Tensor, *, name: str = "W") -> Tensor:
-    """Return a weight tensor as dense real numbers that can be compared and summed.
-
-    Half precision becomes float32, integers float64, booleans 0 and 1, complex numbers their absolute
-    values; quantized and sparse tensors are expanded.
-
-    Parameters
-    ----------
-    W : Tensor
-        At least one entry.
-    name : str
-        How messages call the tensor.
-
-    Returns
-    -------
-    Tensor
-        float32 or float64, detached, on the device of `W`.
-
-    Raises
-    ------
-    ValueError
-        For a meta tensor, or one without entries or axes.
-
-    Examples
-    --------
-    >>> readable(torch.tensor([3 + 4j])), readable(torch.tensor([True])).dtype
-    (tensor([5.]), torch.float32)
-    """
-    if W.is_meta:
-        raise ValueError(f"{name} must hold numbers, got a meta tensor {tuple(W.shape)}: load it first")
-    if W.ndim == 0 or W.numel() == 0:
-        raise ValueError(
-            f"{name} must have entries on an axis, got shape {tuple(W.shape)}: it spans no boxes"
-        )
-    W = W.detach()
-    if W.is_quantized:
-        W = W.dequantize()
-    if W.layout != torch.strided:
-        W = W.to_dense()
-    if W.is_complex():
-        W = W.abs()
-    if W.dtype in (torch.float32, torch.float64):
-        return W
-    return W.to(torch.float32 if W.is_floating_point() or W.dtype == torch.bool else torch.float64)
 
 
 def _check(threshold: Threshold) -> tuple[str, float]:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from geomlib.weightspace.layers import LayerReport, layer_dimension, weight_tensors
 from geomlib.weightspace.layouts import lay_out
-from geomlib.weightspace.thresholds import readable
+from geomlib.weightspace.transform import as_signal
 
 __all__ = ["FractalTracker", "TrackRecord"]
 
@@ -186,7 +186,7 @@ class FractalTracker:
             report = layer_dimension(tensor.values, name=tensor.name, **how, **self.options)
             measured = {}
             if self.measures:
-                grid = lay_out(readable(tensor.values), report.layout, **how)
+                grid = lay_out(as_signal(tensor.values.detach(), tensor.name), report.layout, **how)
                 if grid.copies > 1:
                     raise ValueError(f"measures need a layout of one grid, got {grid}: pass layout='matrix'")
                 measured = {name: float(measure(grid.values[0])) for name, measure in self.measures.items()}

@@ -132,7 +132,7 @@ def test_a_grid_shows_its_shape():
     [
         ((4, 4), {"layout": "tiles"}, f"layout must be one of {', '.join(LAYOUTS)}"),
         ((4,), {}, "at least two axes"),
-        ((), {}, "at least two axes"),
+        ((), {}, "must have entries on an axis"),
         ((0, 3), {}, "must have entries"),
         ((4, 4), {"groups": 3}, "groups must divide the 4"),
         ((4, 4), {"groups": 0}, "groups must divide the 4"),
