@@ -2,8 +2,8 @@ r"""The linear recurrence in chunks of chunks, with its own backward pass: what 
 
 Time is cut into `n` chunks of `C` steps. All chunks are stepped through together, as if each began at zero,
 to learn what each makes of a zero state, and the product of its coefficients is what it makes of another one.
-The states at the ends of the chunks then obey a recurrence of length `n`, solved in the same way, and from the
-right states all chunks are stepped through again. That is twice the work of the loop and a product, in
+The states at the ends of the chunks then obey a recurrence of length `n`, solved in the same way, and from
+the right states all chunks are stepped through again. That is twice the work of the loop and a product, in
 operations on `n` times as many numbers, with `2 / C` of the data as scratch. Reconstructed: the two levels
 are those of reduce-then-scan (Blelloch 1990); the sizes were measured (`benchmarks/recurrence.py`).
 """
