@@ -13,11 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("torchdeq", "mambapy", "assoc-scan", "accelerated-scan", "boxcounting", "porespy")
 PINNED = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -38,12 +41,9 @@ def machine() -> dict[str, str]:
 
     torch.set_num_threads(1)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        from importlib.metadata import version
-
-        versions["torchdeq"] = version("torchdeq")
-    except ImportError:
-        pass
+    for peer in PEERS:
+        with suppress(PackageNotFoundError):
+            versions[peer] = version(peer)
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
