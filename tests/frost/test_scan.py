@@ -127,7 +127,7 @@ def test_the_sup_gain_is_at_most_kappa_before_and_after_training(form, activatio
 
 @each_form
 def test_weights_of_one_sign_attain_the_bound(form):
-    """Nothing is lost to slack: positive rows, an open ReLU, short memory and full projections give `kappa`."""
+    """Nothing is slack: positive rows, an open ReLU, short memory and full projections give `kappa`."""
     model, x = block(form, both=False), features(1, 4, 9)
     with torch.no_grad():
         for weight in (model.enter, model.leave):
