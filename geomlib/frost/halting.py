@@ -7,6 +7,7 @@ sum of the depths and not their maximum times the batch (arXiv 2601.19551, (20),
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,7 +154,7 @@ def _infer(
         else:
             logits = model.read(state, context) if rule.reads else None
             signal, memory = rule.observe(Seen(t, model.score(state), logits, state, previous), memory)
-            finite = torch.isfinite(signal)
+            finite = signal.abs() < math.inf  # False for NaN as well
             strange += (runs & ~finite).sum()
             if t < t_min:
                 continue
