@@ -197,6 +197,7 @@ def same_function(net: nn.Module, other: nn.Module, inputs: Tensor) -> float:
     finally:
         for module, mode in modes:
             module.training = mode
+    found, expected = found.detach(), expected.detach()
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     bound = 1e-10 if expected.dtype == torch.float64 else 1e-5
     # Written so that NaN fails.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "bounded_perm",
     "dimension_of",
     "fit_grid",
+    "holm",
     "perm_test",
     "permute_pair",
     "permuted",
@@ -253,6 +254,45 @@ def dimension_of(grid: Grid, window: Window = "full") -> Callable[[Tensor], Tens
         return lambda batch: torch.full((len(batch),), math.nan, dtype=torch.float64)
     sizes, d = tuple(int(r) for r in fit.sizes), len(grid.shape)
     return lambda batch: slopes(sizes, box_counts(batch, sizes, d=d).counts.sum(1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p-values of many layers for their number.
+
+    Parameters
+    ----------
+    p : sequence of float
+        One per layer; NaN where a layer has none, and then it does not count.
+
+    Returns
+    -------
+    list of float
+        Corrected values in the same order: to reject what lies below a level errs, in any layer at all,
+        with at most that probability.
+
+    Raises
+    ------
+    ValueError
+        If a value lies outside [0, 1].
+
+    Notes
+    -----
+    Source: Holm (1979). With `B` permutations no p-value is below `1 / (1 + B)`: take `B` larger than the
+    number of layers over the level.
+
+    Examples
+    --------
+    >>> [round(value, 2) for value in holm([0.01, 0.04, 0.02])]
+    [0.03, 0.04, 0.04]
+    """
+    if bad := [value for value in p if not (math.isnan(value) or 0 <= value <= 1)]:
+        raise ValueError(f"p must lie in [0, 1], got {bad[0]}: it is no probability")
+    corrected, worst = [math.nan] * len(p), 0.0
+    ranked = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
+    for rank, i in enumerate(ranked):
+        worst = max(worst, min(1.0, (len(ranked) - rank) * p[i]))
+        corrected[i] = worst
+    return corrected
 
 
 def permuted(grid: Grid, kind: str, copies: int, *, generator: torch.Generator | None = None) -> Tensor:

@@ -182,11 +182,12 @@ class FractalTracker:
         for tensor in weight_tensors(self.model):
             if self.names is not None and tensor.name not in self.names:
                 continue
-            how: dict[str, Any] = {"groups": tensor.groups, "transposed": tensor.transposed}
-            report = layer_dimension(tensor.values, name=tensor.name, **how, **self.options)
+            report = layer_dimension(tensor.values, name=tensor.name, **tensor.geometry, **self.options)
             measured = {}
             if self.measures:
-                grid = lay_out(as_signal(tensor.values.detach(), tensor.name), report.layout, **how)
+                grid = lay_out(
+                    as_signal(tensor.values.detach(), tensor.name), report.layout, **tensor.geometry
+                )
                 if grid.copies > 1:
                     raise ValueError(f"measures need a layout of one grid, got {grid}: pass layout='matrix'")
                 measured = {name: float(measure(grid.values[0])) for name, measure in self.measures.items()}

@@ -184,6 +184,11 @@ class Units:
             self._parent["domain"][m] = k
         return _Value(i, k, a.flat)
 
+    def _is_input(self, value: _Value) -> bool:
+        """Tell whether no layer has made or met the value yet: whatever happens to it, no unit moves."""
+        space = self._space(value)
+        return space.frozen and space.size is None
+
     def _restrict(self, value: _Value, *, positive: bool = True, odd: bool = True) -> _Value:
         domain = self._domain(value)
         domain.positive, domain.odd = domain.positive and positive, domain.odd and odd
@@ -209,6 +214,8 @@ class Units:
             module = self._modules[name]
             if len(tensors) != 1:
                 raise _unsupported(name, module)
+            if self._is_input(tensors[0]) and not list(module.parameters()):
+                return tensors[0]
             return self._module(name, module, tensors[0])
         return self._function(node, tensors)
 
@@ -323,6 +330,8 @@ class Units:
         elif name in ("size", "dim", "getattr") or (called is operator.getitem and not tensors):
             return None
         elif len(tensors) == 1:
+            if self._is_input(tensors[0]):
+                return tensors[0]
             if name == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,):
                 return tensors[0]._replace(flat=True)
             if name in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:

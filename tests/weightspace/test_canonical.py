@@ -227,11 +227,45 @@ def test_a_layer_called_twice_has_one_set_of_units(generator):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_inputs_may_be_reshaped_and_normalised_first(generator):
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fold, self.conv, self.out = nn.Unflatten(1, (3, 8)), nn.Conv1d(3, 6, 3), nn.Linear(36, 5)
+
+        def forward(self, x):
+            x = self.fold((x - 0.5) / 2)
+            return self.out(F.relu(self.conv(x)).flatten(1))
+
+    net, inputs = Shaped().double(), torch.randn(4, 24, dtype=torch.float64)
+    assert [space.size for space in trace(net).spaces()] == [6]
+    twin = scramble(net, inputs, generator)
+    for a, b in zip(canonicalize(net).parameters(), canonicalize(twin).parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_resnet_18_has_its_streams_and_inner_units():
     torchvision = pytest.importorskip("torchvision")
     spaces = trace(torchvision.models.resnet18()).spaces()
     # Four streams and one space inside each of the eight blocks.
     assert sorted(space.size for space in spaces) == sorted([64, 128, 256, 512] * 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_networks_of_torchvision_keep_their_function(name, generator):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    net = getattr(models, name)().double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    net.eval()
+    twin = scramble(net, inputs, generator)
+    mine, theirs = canonicalize(net, inputs=inputs), canonicalize(twin, inputs=inputs)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 def refuse(module, forward):

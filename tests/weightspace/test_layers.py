@@ -89,11 +89,22 @@ def test_freshly_drawn_networks_lie_on_the_null_line(make, tensors):
         assert abs(report.delta) <= 0.01, report
 
 
-def test_the_permutation_null_agrees_with_the_closed_form():
+@pytest.mark.parametrize("shape", [(16, 16), (64, 27), (10, 512), (64, 576), (128, 1152)])
+@pytest.mark.parametrize("q", [0.5, 0.9, 0.97])
+def test_the_closed_form_is_the_mean_of_permuted_copies(shape, q):
+    W, options = normal(*shape), {"threshold": ("quantile", q)}
+    closed = layer_dimension(W, **options)
+    drawn = layer_dimension(W, null="permutation", permutations=100, **options)
+    # Four standard errors of the mean, and the gap between the slope of a mean and the mean of slopes.
+    assert abs(drawn.null - closed.null) < 4 * drawn.null_sd / 10 + 0.001
+
+
+def test_the_permutation_null_brings_a_scatter():
     W = normal(128, 64, 3, 3)
     closed, drawn = (layer_dimension(W, null=null) for null in ("closed_form", "permutation"))
     assert closed.D == drawn.D
-    assert drawn.null == pytest.approx(closed.null, abs=0.003)
+    assert 0 < drawn.p <= 1
+    assert math.isnan(closed.p)
     assert drawn.z == pytest.approx(drawn.delta / drawn.null_sd)
     assert math.isnan(closed.z)
     assert math.isnan(layer_dimension(W, null=None).null)
@@ -401,6 +412,15 @@ def test_every_kind_of_layer_is_listed_with_its_geometry():
     assert (found["conv.weight"].groups, found["conv.weight"].transposed) == (2, False)
     assert (found["up.weight"].groups, found["up.weight"].transposed) == (2, True)
     assert [report.grid for report in model_report(model)][:3] == [(9, 8), (6, 6), (6, 18)]
+
+
+def test_vectors_are_reported_on_request():
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, groups=2), nn.BatchNorm2d(16), nn.Linear(16, 300))
+    found = {report.name: report for report in model_report(model, vectors=True, layout="mosaic")}
+    assert list(found) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]
+    assert (found["2.bias"].layout, found["2.bias"].grid) == ("vector", (300,))
+    assert (found["0.weight"].layout, found["0.weight"].grid) == ("mosaic", (48, 6))
+    assert 0 < found["2.bias"].D < 1
 
 
 def test_projections_of_attention_come_one_by_one():

@@ -17,6 +17,7 @@ from geomlib.weightspace.symmetry import (
     against_copies,
     block_perm,
     bounded_perm,
+    holm,
     perm_test,
     permute_pair,
     permuted,
@@ -90,6 +91,29 @@ def test_bounded_permutations_fade_at_large_scale(surface, generator):
             two = (T(W[rows][:, columns], k) - T(W, k)).abs().max()
             assert one <= min(1, 2 * reach / r) * osc(W) + 1e-12
             assert two <= 2 * min(1, 2 * reach / r) * osc(W) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("surface", "targets"),
+    [("fbm", (0.157, 0.080, 0.0165, 0.0024)), ("white", (1.40, 1.20, 0.64, 0.24))],
+)
+def test_smooth_tensors_forget_a_bounded_permutation_and_noise_hardly_does(surface, targets, generator):
+    """Relative change of the averages for a displacement of 16, on 512 x 512 cells."""
+    n = 512
+    W = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    if surface == "fbm":
+        W = fbm_surface(n, 0.5, generator=generator)
+    rows, columns = (bounded_perm(n, 16, generator=generator) for _ in range(2))
+    moved = W[rows][:, columns]
+    found = [float((T(moved, k) - T(W, k)).norm() / T(W, k).norm()) for k in (1, 3, 5, 7)]
+    # A rough surface is one draw, and its level moves by a factor of two; for noise the targets are means of
+    # eight draws, whose scatter at the largest boxes is 0.05.
+    for value, target in zip(found, targets, strict=True):
+        if surface == "fbm":
+            assert target / 2.5 < value < target * 2.5
+        else:
+            assert abs(value - target) < 0.15
+    assert found == sorted(found, reverse=True)
 
 
 def test_the_bound_is_not_idle():
@@ -255,6 +279,20 @@ def test_what_has_no_dimension_has_no_p_value(W):
     assert math.isnan(found.observed)
 
 
+def test_corrected_p_values_hold_the_level_over_all_layers(generator):
+    p = torch.rand(2000, 20, generator=generator, dtype=torch.float64)
+    wrong = sum(min(holm(row)) <= 0.1 for row in p.tolist()) / 2000
+    # At most a tenth of the families, and not far below it: three standard deviations of a binomial.
+    assert abs(wrong - 0.1) < 3 * math.sqrt(0.09 / 2000) + 0.005
+
+
+def test_holm_is_its_definition():
+    assert holm([0.04, math.nan, 0.01, 0.03, 0.6])[::2] == pytest.approx([0.09, 0.04, 0.6])
+    assert math.isnan(holm([0.04, math.nan])[1])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
 # Function-preserving pairs --------------------------------------------------------------------------------
 
 
@@ -355,6 +393,17 @@ def test_rescaling_a_unit_that_does_not_commute_is_refused(activation):
         rescale_pair(net, "0", 1.0)
 
 
+def test_pairs_follow_the_device(device, generator):
+    net, inputs = twolayer(16)
+    net, inputs = net.to(device), inputs.to(device)
+    for twin in (
+        permute_pair(net, "0", inputs=inputs, generator=generator),
+        rescale_pair(net, "0", 0.5, inputs=inputs, generator=generator),
+    ):
+        assert twin[0].weight.device.type == device.type
+        assert not torch.equal(twin[0].weight.cpu(), net[0].weight.cpu())
+
+
 def test_a_wrong_pair_is_noticed():
     net, inputs = twolayer(8)
     broken = copy.deepcopy(net)
@@ -383,6 +432,7 @@ def test_a_wrong_pair_is_noticed():
             lambda: against_copies(lay_out(torch.ones(8, 8)), lambda w: w.sum((1, 2, 3)), "all", 3),
             "kind must be one of",
         ),
+        (lambda: holm([0.5, 1.5]), "p must lie in"),
         (lambda: bounded_perm(0, 1), "n must be positive"),
         (lambda: bounded_perm(4, -1), "reach not negative"),
         (lambda: bounded_perm(4, math.nan), "reach not negative"),

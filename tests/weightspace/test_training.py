@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from geomlib.lab import data, training
 from geomlib.weightspace import dbc, haar_energies, slopes
+from geomlib.weightspace.canonical import canonicalize
 from geomlib.weightspace.surrogates import surrogate
-from geomlib.weightspace.symmetry import perm_test
+from geomlib.weightspace.symmetry import perm_test, permute_pair, rescale_pair
 
 
 def zeta(batch):
@@ -49,6 +50,40 @@ def test_training_moves_the_dimension_by_heterogeneity_alone(optimiser, digits, 
     # Differential box counts read the tails of the distribution: a shuffle has them too.
     shuffled = [dbc(surrogate(W, "cells", generator=generator)).D for _ in range(3)]
     assert abs(dbc(W).D - sum(shuffled) / 3) < 0.05
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24 * 16, 10),
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(0), cnn], ids=["mlp", "cnn"])
+def test_trained_networks_keep_their_function_when_they_are_made_canonical(make, digits, generator):
+    """In float32, on test images, at the ends of two different paths through one orbit."""
+    model = make()
+    training.fit(model, digits.train, epochs=2, lr=3e-3)
+    model.eval()
+    inputs = digits.test.x
+    layer = "0" if isinstance(model[0], nn.Linear) else "1"
+    twin = permute_pair(model, layer, inputs=inputs, generator=generator)
+    twin = rescale_pair(twin, layer, 0.5, inputs=inputs, generator=generator)
+    mine, theirs = (canonicalize(net, inputs=inputs) for net in (model, twin))
+    with torch.no_grad():
+        expected, found = model(inputs), mine(inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def train_many(x, y, *, nets, epochs, generator, width=32, batch=64, lr=3e-3):
