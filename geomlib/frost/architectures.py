@@ -10,19 +10,19 @@ from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from geomlib.frost.baselines import BasicSSM, Recurrent, Vanilla
 from geomlib.frost.certified import Certified, Parametrisation
-from geomlib.frost.model import MODES, Frost, Unrolled, linear
+from geomlib.frost.model import MODES, Frost
+from geomlib.frost.stems import Patches, Pointwise, Tokens
 from geomlib.frost.transitions import (
     AttentionBlock,
     Block,
     Bottleneck,
     Transition,
-    channel_norm,
-    uniform,
 )
+from geomlib.frost.unrolled import Unrolled
 
 __all__ = ["KINDS", "Options", "image", "resnet50", "sequence", "vector", "vit_b16"]
 
@@ -109,7 +109,7 @@ def vector(
     where = _where(options)
     contract: dict[str, Any] = {"kappa": kappa, "activation": activation, "parametrisation": parametrisation}
     return _assemble(
-        _Pointwise(in_features, width, axes=0, norm=True, **where),
+        Pointwise(in_features, width, axes=0, norm=True, **where),
         lambda: Block(width, expansion=expansion, **where),
         lambda: Certified(width, hidden=(expansion * width,), **contract, **where),
         width,
@@ -184,7 +184,7 @@ def sequence(
     sizes: dict[str, Any] = {"axes": 1, "kernel_size": kernel_size, "dilation": dilation}
     contract: dict[str, Any] = {"kappa": kappa, "activation": activation, "parametrisation": parametrisation}
     return _assemble(
-        _Pointwise(in_channels, width, axes=1, norm=False, **where),
+        Pointwise(in_channels, width, axes=1, norm=False, **where),
         lambda: Block(width, expansion=expansion, **sizes, **where),
         lambda: Certified(width, hidden=(expansion * width,), **contract, **sizes, **where),
         width,
@@ -258,7 +258,7 @@ def image(
     sizes: dict[str, Any] = {"axes": 2, "kernel_size": kernel_size}
     contract: dict[str, Any] = {"kappa": kappa, "activation": activation, "parametrisation": parametrisation}
     return _assemble(
-        _Patches(in_channels, width, patch, stride=patch, **where),
+        Patches(in_channels, width, patch, stride=patch, **where),
         lambda: Block(width, expansion=expansion, **sizes, **where),
         lambda: Certified(width, hidden=(expansion * width,), **contract, **sizes, **where),
         width,
@@ -315,7 +315,7 @@ def resnet50(
     """
     where = _where(options)
     return _assemble(
-        _Patches(3, 256, 7, stride=4, **where),
+        Patches(3, 256, 7, stride=4, **where),
         lambda: Bottleneck(256, 64, **where),
         lambda: Certified(256, axes=2, hidden=(64, 64), kernel_size=(1, 3, 1), kappa=kappa, **where),
         256,
@@ -375,7 +375,7 @@ def vit_b16(
     """
     where = _where(options)
     return _assemble(
-        _Tokens(768, 16, size, **where),
+        Tokens(768, 16, size, **where),
         lambda: AttentionBlock(768, 12, **where),
         None,
         768,
@@ -385,70 +385,6 @@ def vit_b16(
         {"axes": 1, "read_position": 0, "readout_norm": True},
         options,
     )
-
-
-class _Pointwise(nn.Module):
-    """A linear map of the channels, a norm if asked for, ReLU."""
-
-    def __init__(self, inputs: int, width: int, *, axes: int, norm: bool, **where: Any) -> None:
-        super().__init__()
-        self.axes = axes
-        self.map = linear(inputs, width, **where)
-        self.norm = nn.LayerNorm(width, **_no_draws(where)) if norm else nn.Identity()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.dim() != self.axes + 2 or inputs.shape[1] != self.map.in_features:
-            raise ValueError(
-                f"inputs must be (N, {self.map.in_features}) and {self.axes} axes, got {tuple(inputs.shape)}"
-            )
-        return torch.relu(self.norm(self.map(inputs.movedim(1, -1)))).movedim(-1, 1)
-
-
-class _Patches(nn.Module):
-    """A strided convolution of the image, a norm over channels, ReLU."""
-
-    def __init__(self, inputs: int, width: int, size: int, *, stride: int, **where: Any) -> None:
-        super().__init__()
-        if size < 1:
-            raise ValueError(f"patch must be at least 1, got {size}: an image has no smaller part")
-        self.stride, self.reach = stride, 0 if size == stride else size // 2
-        self.weight = uniform((width, inputs, size, size), None, **where)
-        self.bias = uniform((width,), self.weight, **where)
-        self.norm = nn.LayerNorm(width, **_no_draws(where))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        _check_image(inputs, self.weight)
-        x = nn.functional.conv2d(inputs, self.weight, self.bias, stride=self.stride, padding=self.reach)
-        return torch.relu(channel_norm(x, self.norm.weight, self.norm.bias))
-
-
-class _Tokens(nn.Module):
-    """Patches as a sequence behind a class token, with a learned position each."""
-
-    def __init__(self, width: int, patch: int, size: int, **where: Any) -> None:
-        super().__init__()
-        if size < patch or size % patch:
-            raise ValueError(f"size must be a multiple of {patch}, got {size}: the patches tile the image")
-        places = (size // patch) ** 2
-        self.size, self.patch = size, patch
-        self.weight = uniform((width, 3, patch, patch), None, **where)
-        self.bias = uniform((width,), self.weight, **where)
-        # Small beside the patches, as customary for vision transformers.
-        self.token = nn.Parameter(0.02 * uniform((width, 1), None, **where).detach())
-        self.places = nn.Parameter(0.02 * uniform((width, places + 1), self.token, **where).detach())
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        _check_image(inputs, self.weight)
-        if inputs.shape[2:] != (self.size, self.size):
-            raise ValueError(f"inputs must be {self.size} pixels wide and high, got {tuple(inputs.shape)}")
-        x = nn.functional.conv2d(inputs, self.weight, self.bias, stride=self.patch).flatten(2)
-        token = self.token.expand(len(x), -1, -1).to(x.dtype)
-        return torch.cat([token, x], 2) + self.places
-
-
-def _check_image(inputs: Tensor, weight: Tensor) -> None:
-    if inputs.dim() != 4 or inputs.shape[1] != weight.shape[1]:
-        raise ValueError(f"inputs must be (N, {weight.shape[1]}, H, W), got {tuple(inputs.shape)}")
 
 
 def _assemble(
@@ -486,7 +422,3 @@ def _assemble(
 
 def _where(options: Options) -> dict[str, Any]:
     return {name: options.get(name) for name in ("generator", "device", "dtype")}
-
-
-def _no_draws(where: dict[str, Any]) -> dict[str, Any]:
-    return {"device": where["device"], "dtype": where["dtype"]}

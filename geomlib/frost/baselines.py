@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from geomlib.frost.model import Context, Unrolled, on_channels
 from geomlib.frost.transitions import Prepared, Transition
+from geomlib.frost.unrolled import Context, Unrolled, on_channels
 
 __all__ = ["BasicSSM", "Recurrent", "Vanilla"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from geomlib.core.contraction import lipschitz_estimate
 from geomlib.core.fixed_point import Adjoint, Anderson, Implicit, Solution, Solver, solve
-from geomlib.frost.model import Context, Frost, Unrolled
+from geomlib.frost.model import Frost
+from geomlib.frost.unrolled import Context, Unrolled
 
 __all__ = [
     "a_posteriori_bound",
