@@ -7,6 +7,7 @@ the largest smaller one that divides it, so that the powers of two together cost
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -106,17 +107,13 @@ def _join(x: Tensor, axis: int, factor: int, full: bool) -> Tensor:
         # A word of so many bytes is true if one of them is: the cast joins them at the speed of memory.
         word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[factor]
         return _words(x, word).to(torch.bool)
-    if not last and x[0].numel() and x.shape[-1] % 8 == 0:
+    if not last and x.shape[-1] % 8 == 0 and x.numel():
         return _or_slices(_words(x, torch.int64), axis, factor).view(torch.bool)
     return _or_slices(x, axis, factor)
 
 
 def _or_slices(x: Tensor, axis: int, factor: int) -> Tensor:
-    parts = x.unflatten(axis, (x.shape[axis] // factor, factor)).unbind(axis + 1)
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined | part
-    return joined
+    return reduce(torch.bitwise_or, x.unflatten(axis, (x.shape[axis] // factor, factor)).unbind(axis + 1))
 
 
 def _words(x: Tensor, word: torch.dtype) -> Tensor:
@@ -130,6 +127,8 @@ def _words(x: Tensor, word: torch.dtype) -> Tensor:
 def _popcount(x: Tensor) -> Tensor:
     """Count the true cells of each sample, eight to a word: `(batch,)`, int64."""
     x = x.flatten(1)
+    if x.numel() <= 4096:  # below, one slow operation is sooner done than ten fast ones
+        return x.sum(1)
     m = x.shape[1]
     block = 1024 if m > 1024 else 8
     x = pad(x, [0, -m % block]) if m % block else x

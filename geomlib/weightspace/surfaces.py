@@ -9,8 +9,9 @@ dimension `d + 1 - H`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -213,23 +214,22 @@ def haar_energies(W: Tensor, *, ratio: int = 2, d: int | None = None) -> Tensor:
     d = values.ndim if d is None else d
     if not 1 <= d <= values.ndim:
         raise ValueError(f"d must lie between 1 and the {values.ndim} axes of W, got {d}")
-    values = values.reshape(*values.shape[: values.ndim - d], *values.shape[values.ndim - d :])
-    energies = []
-    while min(values.shape[values.ndim - d :]) >= ratio:
-        for axis in range(values.ndim - d, values.ndim):
-            values = values.narrow(axis, 0, values.shape[axis] // ratio * ratio)
-        means = values
-        for axis in range(values.ndim - d, values.ndim):
-            means = sum(means.unflatten(axis, (-1, ratio)).unbind(axis + 1)) / ratio
+    lead, energies = values.ndim - d, []
+    while min(values.shape[lead:]) >= ratio:
+        blocks = values
+        for axis in reversed(range(lead, lead + d)):
+            n = blocks.shape[axis] // ratio
+            blocks = blocks.narrow(axis, 0, n * ratio).unflatten(axis, (n, ratio))
+        inside = tuple(range(lead + 1, lead + 2 * d, 2))
+        means = blocks
+        for axis in inside:  # sums of slices: several times as fast as a mean over short axes
+            means = (reduce(torch.add, means.unbind(axis)) / ratio).unsqueeze(axis)
         # Energy before minus energy after, by Pythagoras, would cancel for smooth signals: subtract first.
-        repeated = means
-        for axis in range(values.ndim - d, values.ndim):
-            repeated = repeated.repeat_interleave(ratio, axis)
-        lost = (values - repeated).square().flatten(values.ndim - d).mean(-1)
+        lost = (blocks - means).square().flatten(lead).mean(-1)
         energies.append(lost / (1 - float(ratio) ** -d))
-        values = means
+        values = means.squeeze(inside)
     if not energies:
-        return torch.zeros(*values.shape[: values.ndim - d], 0, dtype=torch.float64, device=values.device)
+        return torch.zeros(*values.shape[:lead], 0, dtype=torch.float64, device=values.device)
     return torch.stack(energies, -1)
 
 
@@ -316,14 +316,11 @@ def ranks(W: Tensor) -> Tensor:
     return ((middle - middle[0]) / spread)[index]
 
 
-def _block(x: Tensor, factor: int, extreme: object) -> Tensor:
+def _block(x: Tensor, factor: int, extreme: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Reduce whole blocks of side `factor` to their least or largest value."""
     for axis in range(x.ndim):
         x = x.narrow(axis, 0, x.shape[axis] // factor * factor)
-        parts = x.unflatten(axis, (-1, factor)).unbind(axis + 1)
-        x = parts[0]
-        for part in parts[1:]:
-            x = extreme(x, part)  # type: ignore[operator]
+        x = reduce(extreme, x.unflatten(axis, (-1, factor)).unbind(axis + 1))
     return x
 
 

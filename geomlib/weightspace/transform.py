@@ -9,6 +9,7 @@ multiresolution.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -90,13 +91,17 @@ def T(
     if reduce == "absmax":
         return _pool(W.abs(), k, ratio, d, largest=True)
     values = W.double()
-    weights = torch.ones(W.shape[-d:], dtype=torch.float64, device=W.device) if counts is None else counts
-    weights = weights.to(torch.float64)
     values = values.square() if reduce == "rms" else values
-    total = _pool(values * weights if counts is not None else values, k, ratio, d)
+    if counts is not None:
+        counts = counts.to(torch.float64).expand(W.shape)
+        values = values * counts
+    total = _pool(values, k, ratio, d)
     if reduce == "sum":
         return total.to(W.dtype)
-    mean = total / _pool(weights.expand(W.shape) if counts is not None else weights, k, ratio, d)
+    if counts is None:
+        mean = total / cells(W.shape[W.ndim - d :], k, ratio=ratio, device=W.device)
+    else:
+        mean = total / _pool(counts, k, ratio, d)
     return (mean.sqrt() if reduce == "rms" else mean).to(W.dtype)
 
 
@@ -363,6 +368,7 @@ def as_signal(W: Tensor, name: str = "W", *, check_finite: bool = True) -> Tenso
 
 def _pool(x: Tensor, k: int, ratio: int, d: int, *, largest: bool = False) -> Tensor:
     """Reduce the last `d` axes `k` times by `ratio`, with sums or maxima; zeros fill up the far border."""
+    join = torch.maximum if largest else torch.add
     for axis in range(x.ndim - d, x.ndim):
         for _ in range(k):
             n = x.shape[axis]
@@ -372,8 +378,7 @@ def _pool(x: Tensor, k: int, ratio: int, d: int, *, largest: bool = False) -> Te
                 fill = list(x.shape)
                 fill[axis] = -n % ratio
                 x = torch.cat([x, x.new_zeros(fill)], axis)
-            x = x.unflatten(axis, (-1, ratio))
-            x = x.amax(axis + 1) if largest else x.sum(axis + 1)
+            x = functools.reduce(join, x.unflatten(axis, (-1, ratio)).unbind(axis + 1))
     return x
 
 
