@@ -37,7 +37,7 @@ from geomlib.frost.dimension import (
 )
 from geomlib.frost.halting import Halted, HaltingWarning, infer, unroll_signals
 from geomlib.frost.learned import OptimalStopping
-from geomlib.frost.model import MODES, Context, Frost, Trajectory, Unrolled
+from geomlib.frost.model import MODES, Frost
 from geomlib.frost.policy import HaltingPolicy, calibrate
 from geomlib.frost.ranking import (
     HaltingLoss,
@@ -72,7 +72,9 @@ from geomlib.frost.rules import (
     signals,
 )
 from geomlib.frost.scale import System, euler_step, integrate, printed_step, scale, trajectory
+from geomlib.frost.scan import SelectiveScan, convex_scan, row_normalised
 from geomlib.frost.sketch import KLLSketch, QuantileSketch
+from geomlib.frost.stems import Patches, Pointwise, Tokens
 from geomlib.frost.tasks import (
     GlyphData,
     SymbolData,
@@ -83,6 +85,7 @@ from geomlib.frost.tasks import (
     noisy_glyphs,
 )
 from geomlib.frost.transitions import AttentionBlock, Block, Bottleneck, Prepared, Transition
+from geomlib.frost.unrolled import Context, Trajectory, Unrolled
 
 __all__ = [
     "ACTIVATIONS",
@@ -112,7 +115,9 @@ __all__ = [
     "OptimalStopping",
     "Options",
     "Oracle",
+    "Patches",
     "Patience",
+    "Pointwise",
     "PonderLoss",
     "Prepared",
     "QuantileSketch",
@@ -123,8 +128,10 @@ __all__ = [
     "Residual",
     "Rule",
     "Seen",
+    "SelectiveScan",
     "SymbolData",
     "System",
+    "Tokens",
     "Trajectory",
     "Transition",
     "Unrolled",
@@ -138,6 +145,7 @@ __all__ = [
     "calibrate",
     "chaos_game",
     "circle",
+    "convex_scan",
     "crossing_depths",
     "depth_curve",
     "depth_threshold",
@@ -169,6 +177,7 @@ __all__ = [
     "printed_step",
     "rank_losses",
     "resnet50",
+    "row_normalised",
     "scale",
     "sequence",
     "signals",
