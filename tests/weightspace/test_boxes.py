@@ -1,4 +1,4 @@
-"""Counts are exact: three fast forms against a loop over boxes, and the closed form against draws."""
+"""Counts are exact: the pyramid and the sorted points against loops, the closed form against draws."""
 
 import math
 from itertools import product
@@ -51,15 +51,25 @@ def test_every_size_is_counted_as_by_the_loop(shape, border, generator, device):
 @pytest.mark.parametrize("border", ["clip", "full"])
 @pytest.mark.parametrize("ratio", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pyramid_is_the_loop_and_the_integral_image(shape, ratio, border, generator, device):
+def test_powers_of_a_ratio_are_counted_as_by_the_loop(shape, ratio, border, generator, device):
     mask = random_mask(shape, 0.08, generator=generator)
     found = box_counts(mask.to(device), ratio=ratio, border=border, d=len(shape))
     assert found.counts.tolist() == [reference(mask, r, full=border == "full")[0] for r in found.sizes]
-    # A shift by a whole period is no shift, but takes the other way.
+    # A shift by a whole period of every size is no shift.
     period = ratio ** len(found.sizes)
     other = box_counts(mask.to(device), found.sizes, offset=period, border=border, d=len(shape))
     assert torch.equal(found.counts.cpu(), other.counts.cpu())
     assert found.boxes == other.boxes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts_are_the_corners_of_an_integral_image(shape, generator, device):
+    """Whole boxes are every r-th window of side r."""
+    mask = random_mask(shape, 0.08, generator=generator).to(device)
+    d = len(shape)
+    for r in range(1, min(20, min(shape) + 1)):
+        windows = gliding_mass(mask, r, d=d)[(slice(None, None, r),) * d]
+        assert int((windows > 0).sum()) == int(box_counts(mask, [r], border="full", d=d).counts)
 
 
 @pytest.mark.parametrize("border", ["clip", "full"])
