@@ -5,8 +5,8 @@ stops where no way of going on is worth more, and among rules of its mean depth 
 the multiplier of that constraint). What is worth what is estimated from the signals that a running model
 gives anyway: confidence, entropy, rank score, residual, patience, and how they changed.
 
-This goes beyond arXiv 2601.19551, whose rule thresholds one of these signals. It needs labels for the
-calibration split, which the paper's quantile does not.
+This goes beyond arXiv 2601.19551, whose rule thresholds one of these signals. Without labels, as for the
+paper's quantile, an answer counts as right if it is that of full depth.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class OptimalStopping(Rule):
         cls,
         model: Unrolled,
         inputs: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         *,
         steps: int | None = None,
         prices: int = 32,
@@ -122,8 +122,11 @@ class OptimalStopping(Rule):
         ----------
         model
             Run in evaluation mode; its mode is restored.
-        inputs, y
-            `(N, ...)` and classes `(N,)`; some hundreds of samples will do.
+        inputs
+            `(N, ...)`; some hundreds of samples will do, some thousands are better.
+        y
+            Classes `(N,)`. Without them the rule saves steps wherever they would not change the answer, and
+            learns nothing of answers that more steps make worse.
         steps
             Of the unrolling, the model's own by default.
         prices
@@ -149,19 +152,21 @@ class OptimalStopping(Rule):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}: nothing would be computed")
-        if len(inputs) != len(y) or len(y) < 2:
+        if len(inputs) < 2 or (y is not None and len(inputs) != len(y)):
             raise ValueError(
-                f"inputs and y must have as many rows, two at least, got {len(inputs)} and {len(y)}: nothing "
-                "could be regressed"
+                f"inputs and y must have as many rows, two at least, got {len(inputs)} and "
+                f"{'none' if y is None else len(y)}: nothing could be regressed"
             )
         rule = cls(check_steps(model, steps), prices)
-        parts = []
         with evaluating(model):
-            for x, labels in zip(inputs.split(batch_size), y.split(batch_size), strict=True):
-                parts.append(_watch(model, x, labels, rule.steps))
-        features, right = (torch.cat(part).cpu().double() for part in zip(*parts, strict=True))
+            parts = [_watch(model, batch, rule.steps) for batch in inputs.split(batch_size)]
+        features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+        answers = logits.argmax(2)
+        if y is not None:
+            check_labels(logits, y)
+        right = answers == (answers[:, -1] if y is None else y).unsqueeze(1)
         finite = torch.isfinite(features).all(2).all(1)
-        rule._regress(features[finite], right[finite], ridge)
+        rule._regress(features[finite].cpu().double(), right[finite].cpu().double(), ridge)
         return rule.to(next(model.parameters()).device)
 
     def observe(self, seen: Seen, memory: Memory) -> tuple[Tensor, Memory]:
@@ -179,7 +184,10 @@ class OptimalStopping(Rule):
     def _regress(self, features: Tensor, right: Tensor, ridge: float) -> None:
         """Fit all steps, backwards from the last; `(N, T, FEATURES)` and `(N, T)` in double precision."""
         if len(features) < 2:
-            raise ValueError(f"inputs must hold two samples with finite signals, got {len(features)}")
+            raise ValueError(
+                f"inputs must hold two samples with finite signals, got {len(features)}: nothing could be "
+                "regressed"
+            )
         self.centre.copy_(features.mean(0))
         self.spread.copy_(features.std(0).clamp_min(1e-3))
         prices = self.prices.double()
@@ -211,21 +219,19 @@ class OptimalStopping(Rule):
         return torch.cat([polynomial, chance.sigmoid(), bounded, bounded.square()], 1)
 
 
-def _watch(model: Unrolled, inputs: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return features `(n, T, FEATURES)` of a running model, and whether its answers are right `(n, T)`."""
+def _watch(model: Unrolled, inputs: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return features `(n, T, FEATURES)` and logits `(n, T, K)` of a running model."""
     context = model.inject(inputs)
     state = model.start(context)
-    features, right = [], []
+    features, answers = [], []
     memory: Memory = ()
     for t in range(1, steps + 1):
         previous, state = state, model.step(state, context, t)
         logits = model.read(state, context)
-        if t == 1:
-            check_labels(logits.unsqueeze(1), y)
         row, memory = _features(Seen(t, model.score(state), logits, state, previous), memory)
         features.append(row)
-        right.append(logits.argmax(1) == y)
-    return torch.stack(features, 1), torch.stack(right, 1)
+        answers.append(logits)
+    return torch.stack(features, 1), torch.stack(answers, 1)
 
 
 def _features(seen: Seen, memory: Memory) -> tuple[Tensor, Memory]:

@@ -315,6 +315,16 @@ def test_the_signal_is_the_break_even_price():
     assert (price[rows[:, 0] > 0][:, 1:] <= 1e-4).all()
 
 
+def test_without_labels_the_answers_of_full_depth_count_as_right():
+    rows, y = riddle()
+    labelled, free = OptimalStopping.fit(Riddle(), rows, y), OptimalStopping.fit(Riddle(), rows)
+    for name, value in labelled.state_dict().items():
+        assert torch.equal(value, free.state_dict()[name]), name
+    misled = OptimalStopping.fit(Riddle(), rows, 1 - y)
+    signal = unroll_signals(Riddle(), rows, rule=misled)
+    assert (crossing_depths(signal, -math.log(0.02)) == 1).all()  # every answer gets worse, by these labels
+
+
 def test_no_rule_of_the_list_is_better_on_the_riddle():
     rows, y = riddle()
     rule = OptimalStopping.fit(Riddle(), rows, y)
@@ -392,5 +402,9 @@ def test_bad_fits_are_refused():
         OptimalStopping.fit(model, inputs, y[:10])
     with pytest.raises(ValueError, match="as many rows, two at least, got 1 and 1"):
         OptimalStopping.fit(model, inputs[:1], y[:1])
+    with pytest.raises(ValueError, match="two at least, got 1 and none"):
+        OptimalStopping.fit(model, inputs[:1])
+    with pytest.raises(ValueError, match="two samples with finite signals, got 0"):
+        OptimalStopping.fit(model, inputs * math.nan)
     with pytest.raises(ValueError, match="the rule was fitted up to there"):
         signals(model(inputs, steps=6, keep_states=True), rule)

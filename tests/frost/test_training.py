@@ -131,6 +131,17 @@ def test_optimal_stopping_beats_confidence_at_equal_mean_depth(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_optimal_stopping_needs_no_labels_to_beat_confidence(seed):
+    model, _, calibration, test, trajectory = symbols(seed)
+    optimal = depth_curve(trajectory, test.y, OptimalStopping.fit(model, calibration.x))
+    confidence = depth_curve(trajectory, test.y, "confidence")
+    for depth in (4, 5, 6, 7):
+        assert optimal.at(depth) >= confidence.at(depth) + 0.07
+    assert optimal.at(9) >= accuracy(trajectory.final, test.y) - 0.02
+
+
+@pytest.mark.slow
 def test_no_rule_is_more_accurate_than_the_oracle():
     _, _, _, test, trajectory = symbols(0)
     ceiling = depth_curve(trajectory, test.y, Oracle(test.y)).accuracy.max()
