@@ -19,8 +19,6 @@ __all__ = ["chunked"]
 
 LOOP_STEPS = 16  # the plain loop is as fast up to here, and up to width / 32 steps of `width` numbers
 LOOP_WIDTH = 8192  # and for any number of steps this wide: calls then cost less than the work in them
-BLOCK_BYTES = 4 << 20  # of one array: four of them stay in the last cache level of one core
-BLOCK_STEPS = 64  # fewer would be calls more than work
 
 
 def chunked(
@@ -65,9 +63,7 @@ class _Chunked(torch.autograd.Function):
         a: Tensor, b: Tensor, initial: Tensor | None, dim: int, reverse: bool, chunk: int | None
     ) -> Tensor:
         h = torch.empty_like(b)
-        state = initial
-        for (a_block, b_block, h_block), _ in _blocks([a, b, h], dim, reverse):
-            state = _fill(a_block, b_block, h_block, state, dim, reverse, chunk)
+        _fill(a, b, h, initial, dim, reverse, chunk)
         return h
 
     @staticmethod
@@ -127,13 +123,10 @@ def _differentiable(
 def _fused(
     ctx: Any, a: Tensor, initial: Tensor | None, h: Tensor, grad: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients without a graph: block by block, the coefficients' as soon as a block of `db` is there."""
+    """Gradients without a graph, written in place."""
     dim, reverse = ctx.dim, ctx.reverse
     length = h.shape[dim]
     first, last = (length - 1, 0) if reverse else (0, length - 1)
-    da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if ctx.needs_input_grad[0] else None
-    db = torch.empty_like(h)
-    state = db.select(dim, last).copy_(grad.select(dim, last))
 
     def earlier(x: Tensor) -> Tensor:
         return x.narrow(dim, 1 if reverse else 0, length - 1)
@@ -141,19 +134,20 @@ def _fused(
     def later(x: Tensor) -> Tensor:
         return x.narrow(dim, 0 if reverse else 1, length - 1)
 
-    work = [later(a).conj().resolve_conj(), earlier(grad), earlier(db)]
-    if da is not None:
-        work += [later(db), earlier(h), later(da)]
-    for (a_block, g_block, db_block), rest in _blocks(work, dim, not reverse) if length > 1 else []:
-        state = _fill(a_block, g_block, db_block, state, dim, not reverse, ctx.chunk)
-        if rest:
-            _product(*rest)
-    if da is not None:
-        start = da.narrow(dim, first, 1)
-        if initial is None:
-            start.zero_()
-        else:
-            _product(db.narrow(dim, first, 1), initial.unsqueeze(dim), start)
+    db = torch.empty_like(h)
+    state = db.select(dim, last).copy_(grad.select(dim, last))
+    if length > 1:
+        after = later(a).conj().resolve_conj()
+        _fill(after, earlier(grad), earlier(db), state, dim, not reverse, ctx.chunk)
+    if not ctx.needs_input_grad[0]:
+        return None, db
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    _product(later(db), earlier(h), later(da))
+    start = da.narrow(dim, first, 1)
+    if initial is None:
+        start.zero_()
+    else:
+        _product(db.narrow(dim, first, 1), initial.unsqueeze(dim), start)
     return da, db
 
 
@@ -171,21 +165,6 @@ def _before(h: Tensor, initial: Tensor | None, dim: int, reverse: bool) -> Tenso
     edge = torch.zeros_like(h.narrow(dim, 0, 1)) if initial is None else initial.unsqueeze(dim)
     parts = [h.narrow(dim, 1, rest), edge] if reverse else [edge, h.narrow(dim, 0, rest)]
     return torch.cat(parts, dim)
-
-
-def _blocks(tensors: list[Tensor], dim: int, reverse: bool) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Cut time so that a processor finds in its cache what it wrote; elsewhere one block does.
-
-    In the order of the recurrence; each block as its first three tensors and the others.
-    """
-    whole = tensors[1]
-    length = whole.shape[dim]
-    step = whole.numel() // length * whole.element_size()
-    steps = max(BLOCK_STEPS, BLOCK_BYTES // max(step, 1))
-    if whole.device.type != "cpu" or steps >= length:
-        return [(tensors[:3], tensors[3:])]
-    cut = [_in_order(tensor.split(steps, dim), reverse) for tensor in tensors]
-    return [(list(block[:3]), list(block[3:])) for block in zip(*cut, strict=True)]
 
 
 def _fill(

@@ -93,7 +93,7 @@ def test_every_form_is_the_loop_for_all_shapes_and_broadcasts(form, shape, lengt
 
 @pytest.mark.parametrize("shape", [(1, 300, 20_000), (4, 130, 2), (2, 5000, 300)])
 def test_the_sizes_at_which_the_route_changes_give_the_loop(shape):
-    """Wide steps go through the plain loop, short ones through chunks, long ones through blocks of chunks."""
+    """Wide steps go through the plain loop, others through chunks, long ones of chunks of chunks."""
     a, b, initial, cotangent = problem(*shape, dtype=torch.float32)
     with torch.no_grad():
         expected = linear_recurrence(a, b, initial=initial, method="loop")
