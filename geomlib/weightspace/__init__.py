@@ -7,19 +7,111 @@ for a random set of the same shape and density: only the difference is a finding
 """
 
 from geomlib.weightspace import shapes
-from geomlib.weightspace.boxes import BoxCounts, box_counts, gliding_mass, null_counts, point_counts, shifted_counts
+from geomlib.weightspace.boxes import (
+    BoxCounts,
+    box_counts,
+    gliding_mass,
+    null_counts,
+    point_counts,
+    shifted_counts,
+)
 from geomlib.weightspace.canonical import canonicalize, order, relabel, rescale, same_function
-from geomlib.weightspace.dimension import DimFit, fit_dimension, line_slope, local_slopes, self_similarity, slopes
-from geomlib.weightspace.layers import LayerReport, WeightTensor, layer_dimension, model_report, weight_tensors
+from geomlib.weightspace.dimension import (
+    DimFit,
+    fit_dimension,
+    line_slope,
+    local_slopes,
+    self_similarity,
+    slopes,
+)
+from geomlib.weightspace.layers import (
+    LayerReport,
+    WeightTensor,
+    layer_dimension,
+    model_report,
+    weight_tensors,
+)
 from geomlib.weightspace.layouts import Grid, lay_out
 from geomlib.weightspace.mass import GeneralisedDimensions, lacunarity, renyi_dimensions
+from geomlib.weightspace.robustness import Robustness, robustness
 from geomlib.weightspace.scale_invariance import Periodogram, RatioTest, dsi_periodogram, dsi_ratio_test
 from geomlib.weightspace.surfaces import Roughness, dbc, haar_energies, haar_exponent, ranks, variogram
 from geomlib.weightspace.surrogates import rank_remap, surrogate
-from geomlib.weightspace.symmetry import PermTest, block_perm, bounded_perm, perm_test, permute_pair, rescale_pair, tree_perm
+from geomlib.weightspace.symmetry import (
+    PermTest,
+    block_perm,
+    bounded_perm,
+    perm_test,
+    permute_pair,
+    rescale_pair,
+    tree_perm,
+)
 from geomlib.weightspace.thresholds import Occupied, occupied_set
 from geomlib.weightspace.tracker import FractalTracker, TrackRecord
 from geomlib.weightspace.transform import T, as_signal, cells, defect, phi, project, segment
 from geomlib.weightspace.units import Units, trace
 
-__all__ = ["shapes", "BoxCounts", "box_counts", "gliding_mass", "null_counts", "point_counts", "shifted_counts", "canonicalize", "order", "relabel", "rescale", "same_function", "DimFit", "fit_dimension", "line_slope", "local_slopes", "self_similarity", "slopes", "LayerReport", "WeightTensor", "layer_dimension", "model_report", "weight_tensors", "Grid", "lay_out", "GeneralisedDimensions", "lacunarity", "renyi_dimensions", "Periodogram", "RatioTest", "dsi_periodogram", "dsi_ratio_test", "Roughness", "dbc", "haar_energies", "haar_exponent", "ranks", "variogram", "rank_remap", "surrogate", "PermTest", "block_perm", "bounded_perm", "perm_test", "permute_pair", "rescale_pair", "tree_perm", "Occupied", "occupied_set", "FractalTracker", "TrackRecord", "T", "as_signal", "cells", "defect", "phi", "project", "segment", "Units", "trace"]
+__all__ = [
+    "BoxCounts",
+    "DimFit",
+    "FractalTracker",
+    "GeneralisedDimensions",
+    "Grid",
+    "LayerReport",
+    "Occupied",
+    "Periodogram",
+    "PermTest",
+    "RatioTest",
+    "Robustness",
+    "Roughness",
+    "T",
+    "TrackRecord",
+    "Units",
+    "WeightTensor",
+    "as_signal",
+    "block_perm",
+    "bounded_perm",
+    "box_counts",
+    "canonicalize",
+    "cells",
+    "dbc",
+    "defect",
+    "dsi_periodogram",
+    "dsi_ratio_test",
+    "fit_dimension",
+    "gliding_mass",
+    "haar_energies",
+    "haar_exponent",
+    "lacunarity",
+    "lay_out",
+    "layer_dimension",
+    "line_slope",
+    "local_slopes",
+    "model_report",
+    "null_counts",
+    "occupied_set",
+    "order",
+    "perm_test",
+    "permute_pair",
+    "phi",
+    "point_counts",
+    "project",
+    "rank_remap",
+    "ranks",
+    "relabel",
+    "renyi_dimensions",
+    "rescale",
+    "rescale_pair",
+    "robustness",
+    "same_function",
+    "segment",
+    "self_similarity",
+    "shapes",
+    "shifted_counts",
+    "slopes",
+    "surrogate",
+    "trace",
+    "tree_perm",
+    "variogram",
+    "weight_tensors",
+]
