@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, softplus
 
-from geomlib.frost import model
+from geomlib.frost import model, vector
 from geomlib.frost.ranking import HaltingLoss, feature_ranks, plackett_luce, rank_losses, step_losses
 from geomlib.testing import assert_gradients, count_host_syncs
 
@@ -268,6 +268,29 @@ def test_task_gradient_comes_from_the_last_step_alone():
     logits.grad = None
     HaltingLoss(supervise="all")(trajectory, y).backward()
     assert (logits.grad != 0).any(2).all()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("mode", ["euler", "certified"])
+def test_rank_losses_reach_the_backbone_unless_the_model_detaches_its_scores(mode, detached, generator):
+    built = vector(5, 3, mode=mode, width=8, steps=4, detach_halt=detached, generator=generator)
+    trajectory, y = built(torch.randn(12, 5, generator=generator)), torch.arange(12) % 3
+    sum(rank_losses(step_losses(trajectory.logits, y), trajectory.scores)).backward()
+    reached = {name for name, p in built.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"halting.weight"} <= reached <= {name for name, _ in built.named_parameters()}
+    assert not any(name.startswith(("classifier", "C", "D")) for name in reached)
+    assert any(name.startswith("transition") for name in reached) == (not detached)
+    assert any(name.startswith("stem") for name in reached) == (not detached)
+
+
+def test_without_rank_losses_the_gradient_is_that_of_the_last_cross_entropy(generator):
+    built = vector(5, 3, width=8, steps=4, generator=generator)
+    x, y = torch.randn(12, 5, generator=generator), torch.arange(12) % 3
+    parameters = [p for name, p in built.named_parameters() if not name.startswith("halting")]
+    ours = torch.autograd.grad(HaltingLoss(0, 0)(built(x), y), parameters)
+    expected = torch.autograd.grad(cross_entropy(built(x).final, y), parameters)
+    for first, second in zip(ours, expected, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("pairs", READINGS)
