@@ -33,7 +33,6 @@ from geomlib.weightspace.layers import (
 )
 from geomlib.weightspace.layouts import Grid, lay_out
 from geomlib.weightspace.mass import GeneralisedDimensions, lacunarity, renyi_dimensions
-from geomlib.weightspace.robustness import Robustness, robustness
 from geomlib.weightspace.scale_invariance import Periodogram, RatioTest, dsi_periodogram, dsi_ratio_test
 from geomlib.weightspace.surfaces import Roughness, dbc, haar_energies, haar_exponent, ranks, variogram
 from geomlib.weightspace.surrogates import rank_remap, surrogate
@@ -49,6 +48,7 @@ from geomlib.weightspace.symmetry import (
 from geomlib.weightspace.thresholds import Occupied, occupied_set
 from geomlib.weightspace.tracker import FractalTracker, TrackRecord
 from geomlib.weightspace.transform import T, as_signal, cells, defect, phi, project, segment
+from geomlib.weightspace.uncertainty import Robustness, robustness
 from geomlib.weightspace.units import Units, trace
 
 __all__ = [
