@@ -229,6 +229,7 @@ class Certified(Transition):
             raise ValueError(f"hidden must be even for 'maxmin', got {widths[1:-1]}: channels are paired")
         self.activation, self.dilation, self.parametrisation = activation, dilation, parametrisation
         self.phi = ACTIVATIONS[activation]
+        self._kept: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         shapes = [
             (outputs, inputs, *[kernel] * axes)
             for inputs, outputs, kernel in zip(widths[:-1], widths[1:], kernels, strict=True)
@@ -249,7 +250,7 @@ class Certified(Transition):
     def prepare(self, x: Tensor) -> Prepared:
         """Return `U x + b`, and the weights in use with the biases behind them."""
         driven = convolve(x, self.inject, self.biases[0], self.dilation)
-        return Prepared((driven,), (*self._weights(), *self.biases[1:]))
+        return Prepared((driven,), (*self._used(), *self.biases[1:]))
 
     def forward(self, state: Tensor, prepared: Prepared) -> Tensor:
         """Map `(N, d, ...)` to the same shape."""
@@ -268,6 +269,19 @@ class Certified(Transition):
         proved = math.prod(bound.item() for bound in bounds)
         return min(proved, self.kappa.item())  # both bound it, and the second evaluation may round upwards
 
+    def _used(self) -> tuple[Tensor, ...]:
+        """Return the weights in use, from the last call without gradients if nothing has changed since.
+
+        The check is by value: a version counter does not see what is written through `.data`.
+        """
+        if torch.is_grad_enabled():
+            return self._weights()
+        raw = (*self.weights, self.kappa)
+        if self._kept is None or not all(map(_same, raw, self._kept[0])):
+            with torch.inference_mode(False), torch.no_grad():  # so that a later gradient may pass
+                self._kept = tuple(tensor.detach().clone() for tensor in raw), self._weights()
+        return self._kept[1]
+
     def _weights(self) -> tuple[Tensor, ...]:
         bounds: list[Tensor | float] = [1.0] * (len(self.weights) - 1) + [self.kappa]
         if self.parametrisation == "normalised":
@@ -278,6 +292,10 @@ class Certified(Transition):
     def extra_repr(self) -> str:
         """Constant and form, for `repr`."""
         return f"kappa={self.kappa.item():.6g}, {self.parametrisation}, {self.activation}"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype, a.shape) == (b.device, b.dtype, b.shape) and torch.equal(a, b)
 
 
 def _draw(

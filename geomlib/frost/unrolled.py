@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from geomlib.core.precision import full_precision, working_dtype
 
-__all__ = ["Context", "Trajectory", "Unrolled", "linear", "on_channels"]
+__all__ = ["Context", "Trajectory", "Unrolled", "linear", "on_channels", "take"]
 
 
 class Trajectory(NamedTuple):
@@ -79,12 +79,14 @@ class Context(NamedTuple):
 
     def select(self, index: Tensor) -> Context:
         """Return the context of some samples, by indices or a mask; what is shared stays shared."""
+        if index.dtype == torch.bool:
+            index = index.nonzero().squeeze(1)
         return self._replace(
-            x=self.x[index],
-            bx=None if self.bx is None else self.bx[index],
-            dx=None if self.dx is None else self.dx[index],
-            gate=None if self.gate is None else self.gate[index],
-            rows=tuple(row[index] for row in self.rows),
+            x=take(self.x, index),
+            bx=None if self.bx is None else take(self.bx, index),
+            dx=None if self.dx is None else take(self.dx, index),
+            gate=None if self.gate is None else take(self.gate, index),
+            rows=tuple(take(row, index) for row in self.rows),
         )
 
 
@@ -271,6 +273,20 @@ class Unrolled(nn.Module):
     def _score(self, vector: Tensor) -> Tensor:
         with full_precision(vector.device):
             return self.halting(self.halting_norm(vector)).squeeze(-1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return `x[index]` for a vector of indices of samples: several times faster, with the same layout.
+
+    Examples
+    --------
+    >>> x = torch.arange(12.0).view(3, 2, 2).mT
+    >>> take(x, torch.tensor([2, 0])).stride() == x.stride()
+    True
+    """
+    if x.dim() < 3 or x.is_contiguous():
+        return x.index_select(0, index)
+    return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
 
 def on_channels(layer: nn.Linear, x: Tensor) -> Tensor:

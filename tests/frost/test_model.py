@@ -491,6 +491,41 @@ def test_weights_are_normalised_once_per_forward_pass(monkeypatch):
     assert len(calls) == 1
 
 
+def test_without_gradients_weights_are_kept_until_they_change(monkeypatch):
+    model, calls = build(), []
+    original = type(model.transition)._weights
+    monkeypatch.setattr(type(model.transition), "_weights", lambda self: calls.append(1) or original(self))
+    x = inputs()
+    with torch.no_grad():
+        first = model(x).final
+        assert torch.equal(model(x).final, first)
+    with torch.inference_mode():
+        assert torch.equal(model(x).final, first)
+    assert len(calls) == 1
+    changes = [
+        lambda: model.transition.weights[0].data[0, 0].add_(1.0),  # no version counter sees this
+        lambda: model.set_kappa(0.5),
+        lambda: model.load_state_dict(build(seed=5).state_dict()),
+        lambda: model.float(),
+    ]
+    for count, change in enumerate(changes, start=2):
+        with torch.no_grad():
+            change()
+            x = x.to(model.rho.dtype)
+            kept = model(x).final
+        torch.testing.assert_close(kept, model(x).final)
+        assert len(calls) == 2 * count - 1  # once without gradients, and every time with them
+
+
+def test_a_context_made_in_inference_mode_serves_a_later_gradient():
+    model, x = build(), inputs()
+    with torch.inference_mode():
+        model(x)
+    with torch.no_grad():
+        context = model.inject(x)
+    assert jacobian_norms(model, inputs(features=WIDTH), context).max() <= model.contraction_factor() + 1e-9
+
+
 # Refusals
 
 
