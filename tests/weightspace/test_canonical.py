@@ -94,6 +94,17 @@ class PreNorm(nn.Module):
         return self.out(self.last(x))
 
 
+class Branches(nn.Module):
+    """A sum of two branches: what one of them does not commute with binds both."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(20, 16), nn.Linear(20, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.out(F.leaky_relu(self.left(x)) + torch.tanh(self.right(x)))
+
+
 NETS = {
     "mlp": (mlp, (20,)),
     "tanh": (lambda: mlp(nn.Tanh), (20,)),
@@ -103,6 +114,7 @@ NETS = {
     "plain resnet": (lambda: ResNet(norm=False), (3, 8, 8)),
     "mobile": (Mobile, (3, 8, 8)),
     "prenorm": (PreNorm, (20,)),
+    "branches": (Branches, (20,)),
 }
 
 
@@ -200,6 +212,13 @@ def test_dead_units_keep_their_scale():
     with torch.no_grad():
         net[0].weight[3] = 0
     canonicalize(net, inputs=inputs)
+
+
+def test_a_sum_commutes_with_what_both_parts_commute_with():
+    units = trace(Branches())
+    assert units.domain_of("left") is units.domain_of("right")
+    assert not units.domain_of("left").positive
+    assert not units.domain_of("left").odd
 
 
 def test_the_network_itself_is_left_alone():

@@ -62,6 +62,14 @@ def test_level_sets_of_smoother_surfaces_have_no_ratio_and_differ_from_draw_to_d
     assert set(verdicts) == {"continuous_or_trivial", "none"}
 
 
+def test_two_equal_slopes_are_not_enough():
+    """On 27 cells three sizes fit the ratio 3, and slopes agree by the smallness of the set."""
+    found = dsi_ratio_test(cantor_dust(3))
+    assert found.spread[3] == pytest.approx(0, abs=1e-12)
+    assert (found.verdict, found.ratio) == ("none", None)
+    assert dsi_ratio_test(cantor_dust(4)).ratio == 3
+
+
 def test_a_line_is_invariant_at_every_ratio():
     found = dsi_ratio_test(diagonal(512))
     assert found.verdict == "continuous_or_trivial"

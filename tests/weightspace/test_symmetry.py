@@ -216,6 +216,28 @@ def test_p_values_are_uniform_for_exchangeable_input(generator):
         assert share <= level + 3 * math.sqrt(level * (1 - level) / 100)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_level_is_exceeded_whichever_value_is_the_observed_one(seed):
+    """Exactness without a draw: of `n` exchangeable values at most `k` may get a p-value of `k / n`."""
+    values = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp()
+    p = []
+    for i in range(6):
+        queue = [values[i : i + 1], torch.cat([values[:i], values[i + 1 :]])]
+        found = against_copies(lay_out(torch.eye(8)), lambda batch, q=queue: q.pop(0), "rows", 5)
+        assert found.observed == values[i]
+        p.append(found.p)
+    for k in range(1, 7):
+        assert sum(one <= k / 6 + 1e-12 for one in p) <= k
+    assert min(p) == 1 / 6
+
+
+def test_ranks_of_constant_statistics_are_uniform(generator):
+    grid = lay_out(torch.eye(8))
+    found = against_copies(grid, lambda batch: torch.ones(len(batch)), "rows", 1)
+    ranks = [found.rank(generator=generator) for _ in range(500)]
+    assert kstest(ranks, "uniform").pvalue > 0.001
+
+
 def test_a_fractal_is_as_far_out_as_the_test_can_say(generator):
     found = perm_test(gasket(7).double(), "cells", threshold="nonzero", permutations=49, generator=generator)
     assert found.p == 1 / 50
