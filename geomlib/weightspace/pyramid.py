@@ -129,13 +129,14 @@ def _popcount(x: Tensor) -> Tensor:
     x = x.flatten(1)
     if x.numel() <= 4096:  # below, one slow operation is sooner done than ten fast ones
         return x.sum(1)
-    m = x.shape[1]
-    block = 1024 if m > 1024 else 8
-    x = pad(x, [0, -m % block]) if m % block else x
+    block = 1024 if x.shape[1] > 1024 else 8
+    rest = x.shape[1] % block
+    whole = x.narrow(1, 0, x.shape[1] - rest)
     # 128 words add up without a carry from byte to byte; their bytes are then added in pairs, and in fours.
-    words = _words(x, torch.int64).unflatten(1, (x.shape[1] // block, block // 8)).sum(2)
+    words = _words(whole, torch.int64).unflatten(1, (whole.shape[1] // block, block // 8)).sum(2)
     pairs = (words & _LOW_BYTES) + ((words >> 8) & _LOW_BYTES)
-    return (((pairs * _ONES) >> 48) & 0xFFFF).sum(1)
+    total = (((pairs * _ONES) >> 48) & 0xFFFF).sum(1)
+    return total + x.narrow(1, whole.shape[1], rest).sum(1) if rest else total
 
 
 _LOW_BYTES = 0x00FF00FF00FF00FF
