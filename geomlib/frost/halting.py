@@ -1,7 +1,7 @@
 r"""Stop each sample at its own depth, and pay for no step that it does not take.
 
 All samples of a batch are stepped together. After each step the rule is asked which of them stop; those are
-read out, and the batch is shrunk to the rest, state and cached context alike, so that the work done is the
+set aside, and the batch is shrunk to the rest, state and cached context alike, so that the work done is the
 sum of the depths and not their maximum times the batch (arXiv 2601.19551, (20), has the rule of one sample).
 """
 
@@ -39,7 +39,7 @@ class Halted(NamedTuple):
     evaluations
         Rows times steps that were computed: the sum of the depths if the batch shrinks at every exit.
     nonfinite
-        Signals that were NaN or infinite while their sample ran; they stop nothing.
+        Signals that were NaN or infinite when they could have stopped their sample; they stop nothing.
     """
 
     logits: Tensor
@@ -99,7 +99,7 @@ def infer(
     Notes
     -----
     Source: arXiv 2601.19551, (20); batches are reconstructed. The host waits for the device once per step
-    from `t_min` on, for the number of exits, which decides the size of the next step, and once at the end.
+    from `t_min` on, for the number of exits, which decides the size of the next step.
 
     Examples
     --------
@@ -131,48 +131,46 @@ def infer(
 def _infer(
     model: Unrolled, inputs: Tensor, threshold: float, rule: Rule, steps: int, t_min: int, compact: float
 ) -> Halted:
-    context = model.inject(inputs)
+    context = whole = model.inject(inputs)
     state = model.start(context)
     samples = rows = running = len(inputs)
-    device = state.device
-    if samples == 0:
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return Halted(model.read(state, context), none, 0, 0)
-    index = torch.arange(samples, device=device)
+    index = torch.arange(samples, device=state.device)
     depth = torch.full_like(index, steps)
-    runs = torch.ones_like(index, dtype=torch.bool)
-    strange = torch.zeros((), dtype=torch.int64, device=device)
+    runs: Tensor | None = None  # which rows still run, None if all do
     memory: tuple[Tensor, ...] = ()
-    answers: Tensor | None = None
-    evaluations = 0
+    # What the samples left with: logits if the rule reads them anyway, else states, read together at the end.
+    left: Tensor | None = None
+    evaluations = nonfinite = 0
     for t in range(1, steps + 1):
         previous, state = state, model.step(state, context, t)
         evaluations += rows
-        logits = None
-        if t == steps:
-            leaves, leaving = runs, running
-        else:
-            logits = model.read(state, context) if rule.reads else None
+        logits = model.read(state, context) if rule.reads else None
+        if t < steps:
             signal, memory = rule.observe(Seen(t, model.score(state), logits, state, previous), memory)
-            finite = signal.abs() < math.inf  # False for NaN as well
-            strange += (runs & ~finite).sum()
             if t < t_min:
                 continue
-            leaves = runs & finite & (signal > threshold)
-            leaving = int(leaves.sum())  # the one time that the host waits in a step
+            finite = signal.abs() < math.inf  # False for NaN as well
+            leaves, strange = finite & (signal > threshold), ~finite
+            if runs is not None:
+                leaves, strange = leaves & runs, strange & runs
+            # The one time that the host waits in a step.
+            leaving, odd = torch.stack([leaves, strange]).sum(1).tolist()
+            nonfinite += odd
             if leaving == 0:
                 continue
+        else:
+            leaves, leaving = torch.ones_like(index, dtype=torch.bool) if runs is None else runs, running
+        result = state if logits is None else logits
+        if leaving == samples:
+            left, depth = result, torch.full_like(depth, t)
+            break
         # Those who leave first, then those who stay, then those who left before: sizes are known on the host.
-        order = (leaves.to(torch.int8) * 2 + runs).argsort(descending=True, stable=True)
+        key = leaves.to(torch.int8) if runs is None else leaves.to(torch.int8) * 2 + runs
+        order = key.argsort(descending=True, stable=True)
         out, stay = order[:leaving], order[leaving:running]
-        whole = leaving == rows
-        if logits is None:
-            logits = model.read(state, context) if whole else model.read(state[out], context.select(out))
-        elif not whole:
-            logits = logits[out]
-        who = index if whole else index[out]
-        answers = logits.new_empty(samples, logits.shape[1]) if answers is None else answers
-        answers[who] = logits
+        who = index[out]
+        left = result.new_empty(samples, *result.shape[1:]) if left is None else left
+        left[who] = result[out]
         depth[who] = t
         running -= leaving
         if running == 0:
@@ -180,11 +178,11 @@ def _infer(
         if running < compact * rows:
             state, index, context = state[stay], index[stay], context.select(stay)
             memory = tuple(value[stay] for value in memory)
-            runs, rows = torch.ones_like(index, dtype=torch.bool), running
+            runs, rows = None, running
         else:
-            runs = runs & ~leaves
-    assert answers is not None
-    return Halted(answers, depth, evaluations, int(strange))
+            runs = ~leaves if runs is None else runs & ~leaves
+    assert left is not None
+    return Halted(left if rule.reads else model.read(left, whole), depth, evaluations, nonfinite)
 
 
 @torch.no_grad()

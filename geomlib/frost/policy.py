@@ -234,6 +234,7 @@ class HaltingPolicy:
             raise ValueError(f"policy {path} has the rule {name!r}, which is not one of {', '.join(known)}")
         rule = known[name](**options)
         rule.load_state_dict(_part(tensors, "rule"))
+        rule.to(next(model.parameters()).device)
         sketch = KLLSketch() if sketch is None else sketch
         sketch.load_state_dict(_part(tensors, "sketch"))
         threshold, q, depth, atom = tensors["numbers"].tolist()
