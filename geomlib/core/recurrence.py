@@ -94,9 +94,10 @@ def linear_recurrence(
         return b.to(result, copy=True)
 
     # Time is written out in `a`, as a view; its other dimensions stay as small as they came.
-    a = a.to(working).reshape((1,) * (b.dim() - a.dim()) + a.shape)
-    a = a.expand(*a.shape[:dim], length, *a.shape[dim + 1 :])
-    b = b.to(working)
+    a, b = a.to(working), b.to(working)
+    if a.shape != b.shape:
+        a = a.reshape((1,) * (b.dim() - a.dim()) + a.shape)
+        a = a.expand(*a.shape[:dim], length, *a.shape[dim + 1 :])
     state = None if initial is None else initial.to(working).expand(rest)
     if method == "auto":
         method = "pairs" if torch.compiler.is_compiling() else "chunked"

@@ -19,6 +19,9 @@ __all__ = ["chunked"]
 
 LOOP_STEPS = 16  # the plain loop is as fast up to here, and up to width / 32 steps of `width` numbers
 LOOP_WIDTH = 8192  # and for any number of steps this wide: calls then cost less than the work in them
+SHORT_CHUNKS = (8, 9, 7, 10)
+LONG_CHUNKS = (16, 17, 15, 18, 14)  # calls matter less and the second level more
+LONG_FROM = 1 << 16  # numbers in all
 
 
 def chunked(
@@ -182,14 +185,15 @@ def _fill(
         width = b.numel() // length
         if length <= max(LOOP_STEPS, width // 32) or width >= LOOP_WIDTH:
             return _steps(a, b, h, state, dim, reverse)
-        chunk = 16 if b.numel() >= 1 << 16 and length >= 64 else 8
+        sizes = LONG_CHUNKS if b.numel() >= LONG_FROM and length >= 64 else SHORT_CHUNKS
+        chunk = min(sizes, key=lambda size: length % size)  # what is left over goes step by step
     elif chunk >= length:
         return _steps(a, b, h, state, dim, reverse)
     count, rest = divmod(length, chunk)
     tail = None
     if rest:
-        sizes = [rest, length - rest] if reverse else [length - rest, rest]
-        cut = [_in_order(x.split(sizes, dim), reverse) for x in (a, b, h)]
+        parts = [rest, length - rest] if reverse else [length - rest, rest]
+        cut = [_in_order(x.split(parts, dim), reverse) for x in (a, b, h)]
         (a, b, h), tail = zip(*cut, strict=True)
     a, b, h = (x.unflatten(dim, (count, chunk)) for x in (a, b, h))
     A, B, H = (_in_order(x.unbind(dim + 1), reverse) for x in (a, b, h))
