@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from geomlib.weightspace.boxes import null_counts
 from geomlib.weightspace.dimension import DimFit, Window, self_similarity, slopes
 from geomlib.weightspace.layouts import lay_out
-from geomlib.weightspace.symmetry import against_copies, dimension_of, fit_grid
+from geomlib.weightspace.permutation import against_copies, dimension_of, fit_grid
 from geomlib.weightspace.thresholds import NanPolicy, Threshold, occupied_set
 from geomlib.weightspace.transform import as_signal
 

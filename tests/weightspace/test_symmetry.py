@@ -280,7 +280,7 @@ def test_batches_do_not_change_the_result(monkeypatch):
     W = torch.randn(32, 32)
     draw = lambda: perm_test(W, permutations=20, generator=torch.Generator().manual_seed(0)).values  # noqa: E731
     whole = draw()
-    monkeypatch.setattr("geomlib.weightspace.symmetry.CHUNK", 3 * 1024)
+    monkeypatch.setattr("geomlib.weightspace.permutation.CHUNK", 3 * 1024)
     assert torch.equal(draw(), whole)
 
 
