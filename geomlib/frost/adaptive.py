@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from geomlib.frost.curves import logits_at
-from geomlib.frost.model import Trajectory
 from geomlib.frost.ranking import check_labels, state_losses
+from geomlib.frost.unrolled import Trajectory
 
 __all__ = ["ACTLoss", "Answer", "PonderLoss", "act_answer", "act_weights", "ponder_answer", "ponder_law"]
 

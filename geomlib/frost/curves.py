@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geomlib.frost.model import Trajectory
 from geomlib.frost.rules import Rule, signals
+from geomlib.frost.unrolled import Trajectory
 
 __all__ = [
     "DepthCurve",

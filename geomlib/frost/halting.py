@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from geomlib.frost.curves import check_threshold
-from geomlib.frost.model import Unrolled
 from geomlib.frost.rules import Rule, Seen, find_rule
+from geomlib.frost.unrolled import Unrolled, take
 
 __all__ = ["Halted", "HaltingWarning", "infer", "unroll_signals"]
 
@@ -169,15 +169,15 @@ def _infer(
         order = key.argsort(descending=True, stable=True)
         out, stay = order[:leaving], order[leaving:running]
         who = index[out]
-        left = result.new_empty(samples, *result.shape[1:]) if left is None else left
-        left[who] = result[out]
+        left = torch.empty_like(result) if left is None else left  # before the first exit all rows are there
+        left[who] = take(result, out)
         depth[who] = t
         running -= leaving
         if running == 0:
             break
         if running < compact * rows:
-            state, index, context = state[stay], index[stay], context.select(stay)
-            memory = tuple(value[stay] for value in memory)
+            state, index, context = take(state, stay), index[stay], context.select(stay)
+            memory = tuple(take(value, stay) for value in memory)
             runs, rows = None, running
         else:
             runs = ~leaves if runs is None else runs & ~leaves

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from geomlib.frost.halting import check_steps, evaluating
-from geomlib.frost.model import Unrolled
 from geomlib.frost.ranking import check_labels
 from geomlib.frost.rules import Confidence, Entropy, Memory, Patience, Residual, Rule, Seen
+from geomlib.frost.unrolled import Unrolled
 
 __all__ = ["OptimalStopping"]
 

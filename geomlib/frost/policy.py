@@ -26,9 +26,9 @@ from torch import Tensor
 from geomlib.frost.curves import check_threshold, crossing_depths, depth_threshold
 from geomlib.frost.halting import Halted, HaltingWarning, infer, unroll_signals
 from geomlib.frost.learned import OptimalStopping
-from geomlib.frost.model import Unrolled
 from geomlib.frost.rules import RULES, RankScore, Rule, find_rule
 from geomlib.frost.sketch import KLLSketch, QuantileSketch
+from geomlib.frost.unrolled import Unrolled
 
 __all__ = ["HaltingPolicy", "calibrate"]
 

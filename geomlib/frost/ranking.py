@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
-from geomlib.frost.model import Trajectory
+from geomlib.frost.unrolled import Trajectory
 
 __all__ = [
     "HaltingLoss",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from geomlib.frost.model import Trajectory
+from geomlib.frost.unrolled import Trajectory
 
 __all__ = [
     "RULES",
