@@ -54,7 +54,9 @@ def chunked(
     >>> chunked(torch.full((4,), 0.5), torch.ones(4), None, 0, False)
     tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    h: Tensor = _Chunked.apply(a, b, initial, dim, reverse, chunk)
+    # torch inspects a function made for its transforms at each call, which is a quarter of a short scan.
+    transformed = torch._C._are_functorch_transforms_active()
+    h: Tensor = (_Transformed if transformed else _Chunked).apply(a, b, initial, dim, reverse, chunk)
     return h
 
 
@@ -62,18 +64,10 @@ class _Chunked(torch.autograd.Function):
     """Saves coefficients and states. Derivatives of any order and mode are recurrences again."""
 
     @staticmethod
-    def forward(
-        a: Tensor, b: Tensor, initial: Tensor | None, dim: int, reverse: bool, chunk: int | None
-    ) -> Tensor:
-        h = torch.empty_like(b)
-        _fill(a, b, h, initial, dim, reverse, chunk)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        h = _solve(*inputs)
+        _remember(ctx, inputs, h)
         return h
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, _, initial, ctx.dim, ctx.reverse, ctx.chunk = inputs
-        ctx.save_for_backward(a, initial, output)
-        ctx.save_for_forward(a, initial, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,6 +89,18 @@ class _Chunked(torch.autograd.Function):
             b_dot = b_dot + da * _before(h, initial, ctx.dim, ctx.reverse)
         return chunked(a, b_dot, d_initial, ctx.dim, ctx.reverse, ctx.chunk)
 
+
+class _Transformed(_Chunked):
+    """The same for `torch.func`, which wants forward and context apart, and a rule for batches."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _solve(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _remember(ctx, inputs, output)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         a, b, initial, dim, reverse, chunk = args
@@ -109,6 +115,20 @@ class _Chunked(torch.autograd.Function):
             initial = front(initial, in_dims[2])
             initial = initial.expand(info.batch_size, *initial.shape[1:])
         return chunked(a, b, initial, dim + 1, reverse, chunk), 0
+
+
+def _solve(
+    a: Tensor, b: Tensor, initial: Tensor | None, dim: int, reverse: bool, chunk: int | None
+) -> Tensor:
+    h = torch.empty_like(b)
+    _fill(a, b, h, initial, dim, reverse, chunk)
+    return h
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], h: Tensor) -> None:
+    a, _, initial, ctx.dim, ctx.reverse, ctx.chunk = inputs
+    ctx.save_for_backward(a, initial, h)
+    ctx.save_for_forward(a, initial, h)
 
 
 def _differentiable(
