@@ -147,6 +147,7 @@ def speed(here: dict[str, bool]) -> dict[str, object]:
             "half a minute; the others run in turn, seven rounds of at least 20 ms"
         ),
         "boxcounting copies the mask into a padded cube of side 2^p and goes on to the box of side 2^p",
+        "counts are compared at all sizes with boxcounting, at sizes of 8 and more with porespy",
         (
             "torch's sum of booleans converts them, so numpy.count_nonzero, which does not, is the stricter "
             "measure of one read"
