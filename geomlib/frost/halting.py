@@ -73,7 +73,7 @@ def infer(
     threshold
         `-inf` stops all at `t_min`, `inf` none before the last step. What is not finite stops nothing.
     rule
-        What signals, or its name in :data:`geomlib.frost.rules.RULES`; the model's halting logit by default.
+        What signals, or its name in `geomlib.frost.RULES`; the model's halting logit by default.
     steps
         Where the last samples stop; the model's own number by default, tied models take any.
     t_min

@@ -138,7 +138,7 @@ class HaltingPolicy:
         return cls(threshold, float(q), t_min, steps, sketch=sketch, rule=find_rule(rule))
 
     def infer(self, model: Unrolled, inputs: Tensor, *, compact: float = 1.0) -> Halted:
-        """Answer a batch with this policy, see :func:`geomlib.frost.halting.infer`."""
+        """Answer a batch with this policy, see :func:`geomlib.frost.infer`."""
         return infer(
             model,
             inputs,
@@ -267,7 +267,7 @@ def calibrate(
     target_depth
         or the mean depth to reach, in `[t_min, steps]`.
     rule, steps, t_min
-        See :func:`geomlib.frost.halting.infer`.
+        See :func:`geomlib.frost.infer`.
     batch_size
         Samples at a time.
     calibration
@@ -296,7 +296,7 @@ def calibrate(
     -----
     Source: arXiv 2601.19551, section 4.4, for `q`; there the scores of training and validation are taken, and
     those of a calibration split here, because early ones are stale. Target depth: reconstructed, see
-    :func:`geomlib.frost.curves.depth_threshold`.
+    :func:`geomlib.frost.depth_threshold`.
 
     Examples
     --------

@@ -218,7 +218,7 @@ def equilibrium(
     context : Context
         Of `N` samples, from `model.inject`.
     solver, adjoint
-        As :func:`geomlib.core.fixed_point.solve` takes them; Anderson and implicit gradients if omitted.
+        As :func:`geomlib.core.solve` takes them; Anderson and implicit gradients if omitted.
     tol : float
         Bound of the error, in the 2-norm; of the residual for a transition of another norm.
     max_steps : int

@@ -290,7 +290,7 @@ def signals(trajectory: Trajectory, rule: Rule | str) -> Tensor:
     trajectory
         Of `N` samples and `T` steps, with states if the rule looks at them.
     rule
-        A rule, or its name in :data:`RULES`.
+        A rule, or its name in `RULES`.
 
     Returns
     -------
