@@ -50,11 +50,12 @@ from geomlib.weightspace.thresholds import Occupied, occupied_set
 from geomlib.weightspace.tracker import FractalTracker, TrackRecord
 from geomlib.weightspace.transform import T, as_signal, cells, defect, phi, project, segment
 from geomlib.weightspace.uncertainty import Robustness, robustness
-from geomlib.weightspace.units import Units, trace
+from geomlib.weightspace.units import Domain, Slot, Space, Units, trace
 
 __all__ = [
     "BoxCounts",
     "DimFit",
+    "Domain",
     "FractalTracker",
     "GeneralisedDimensions",
     "Grid",
@@ -65,6 +66,8 @@ __all__ = [
     "RatioTest",
     "Robustness",
     "Roughness",
+    "Slot",
+    "Space",
     "T",
     "TrackRecord",
     "Units",
