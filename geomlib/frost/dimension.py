@@ -178,8 +178,13 @@ def box_counts(
     Examples
     --------
     >>> line = torch.linspace(0, 1, 1000)[:, None]
-    >>> box_counts(line, (1, 2, 3), offsets=64, generator=torch.Generator().manual_seed(0)).tolist()
+    >>> box_counts(line, (1, 2, 3), offsets=0).tolist()
     [2, 4, 8]
+
+    A shifted grid cuts both ends of it:
+
+    >>> box_counts(line, (1, 2, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    [3, 5, 9]
     """
     _points(points)
     if offsets < 0:
@@ -237,8 +242,8 @@ def box_dimension(
     Examples
     --------
     >>> square = torch.rand(40_000, 2, generator=torch.Generator().manual_seed(0))
-    >>> 1.9 < box_dimension(square, range(2, 6), generator=torch.Generator().manual_seed(1)) < 2.1
-    tensor(True)
+    >>> round(box_dimension(square, range(2, 6), offsets=0).item(), 2)
+    2.0
     """
     exponents = list(exponents)
     if len(set(exponents)) < 2:
