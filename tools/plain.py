@@ -18,7 +18,8 @@ ROLE = re.compile(r"\{([\w:]+)\}`([^`]+)`")
 WITH_TEXT = re.compile(r"^(.*?)\s*<([^<>]+)>$", re.DOTALL)
 LINK = re.compile(r"(?<!\\)(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 LABEL = re.compile(r"^\(([\w:.-]+)\)=\s*$")
-EQUATION = re.compile(r"\$\$\s*\(([\w:.-]+)\)")
+# On the line of the closing dollars: what opens a formula may begin with parentheses too.
+EQUATION = re.compile(r"\$\$[ \t]*\(([\w:.-]+)\)")
 WRAPPERS = {"exercise-end", "solution-end"}
 
 
