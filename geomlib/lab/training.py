@@ -97,6 +97,7 @@ def fit(
     mixed_precision: str = "no",
     max_steps: int | None = None,
     on_epoch: Callable[[int, History], object] | None = None,
+    on_step: Callable[[int], object] | None = None,
     extra_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     scores: Scores | None = None,
     clip_norm: float | None = None,
@@ -139,6 +140,9 @@ def fit(
         Stop after so many optimisation steps in all, for a dry run.
     on_epoch : callable, optional
         ``on_epoch(epoch, history)`` after each epoch, counted from 1.
+    on_step : callable, optional
+        ``on_step(step)`` after each optimisation step, counted from 1 over all epochs, while the gradients of
+        that step still stand. A model that changes its own structure does so here.
     extra_loss : callable, optional
         ``extra_loss(model, x, y)`` is added to the loss, a penalty for example.
     scores : callable, optional
@@ -219,6 +223,8 @@ def fit(
             if clip_norm is not None:
                 accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
             stepper.step()
+            if on_step is not None:
+                on_step(step + 1)
             totals.add(value, output if scores is None else scores(output), batch)
         mean, accuracy = totals.means(accelerator)
         history.loss.append(mean)

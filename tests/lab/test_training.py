@@ -66,6 +66,21 @@ def test_training_learns_separable_classes(device):
     assert all(p.device == device or p.device.type == device.type for p in model.parameters())
 
 
+def test_on_step_sees_every_step_after_it_was_taken():
+    model, seen = network(), []
+    before = [weights(model)]
+
+    def on_step(step):
+        gradients = [parameter.grad is not None for parameter in model.parameters()]
+        moved = any(not torch.equal(a, b) for a, b in zip(before[-1], weights(model), strict=True))
+        before.append(weights(model))
+        seen.append((step, all(gradients), moved))
+
+    fit(model, blobs(), epochs=2, batch_size=32, on_step=on_step)
+    steps = 2 * -(-len(blobs()) // 32)
+    assert seen == [(step, True, True) for step in range(1, steps + 1)]
+
+
 def test_the_loop_is_the_textbook_loop():
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
