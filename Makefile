@@ -32,6 +32,7 @@ notebooks: environment ## Run the chapters whose text has changed and store thei
 colab: environment ## Write self-contained notebooks for Colab or Kaggle into dist/colab
 	@$(RUN) tools/colab.py
 
+bench: PEERS = --peers
 bench: environment ## Measure ours beside the peers, into benchmarks/results
 	@set -e; for script in $$(grep -l '^if __name__' benchmarks/*.py); do echo "$$script"; $(RUN) "$$script"; done
 
@@ -45,4 +46,4 @@ clean: ## Remove what was built; the virtual environment and the stored outputs 
 environment:
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "No $(PYTHON) was found: install Python 3.11 or newer and run the command again." >&2; exit 1; }
-	@$(PYTHON) tools/bootstrap.py $(VENV) $(if $(UNPINNED),--unpinned)
+	@$(PYTHON) tools/bootstrap.py $(VENV) $(PEERS) $(if $(UNPINNED),--unpinned)

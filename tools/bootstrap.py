@@ -2,6 +2,7 @@
 
     python3 tools/bootstrap.py            .venv, with the versions that the book was built with
     python3 tools/bootstrap.py --unpinned .venv, with the newest versions of this day
+    python3 tools/bootstrap.py --peers    the same and the packages that the benchmarks measure
 
 Nothing happens when the environment is already what ``pyproject.toml`` and ``constraints.txt`` ask
 for. An environment that was not made here (conda's, for instance) is only looked at, never changed.
@@ -19,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
-EXTRAS = "test,bench"
+EXTRAS = "test"
+WITH_PEERS = "test,bench"
 LOG = ROOT / "_build" / "install.log"
 NO_NETWORK = (
     "NewConnectionError",
@@ -66,9 +68,9 @@ def reason_of_failure(log):
     return "pip could not install the packages; its last lines above say why."
 
 
-def wanted_state(venv, unpinned):
+def wanted_state(venv, unpinned, extras):
     """Return a digest of everything that decides what the environment holds."""
-    digest = hashlib.sha256("{} {} {}".format(ROOT, EXTRAS, unpinned).encode())
+    digest = hashlib.sha256("{} {} {}".format(ROOT, extras, unpinned).encode())
     for path in (ROOT / "pyproject.toml", ROOT / "constraints.txt", venv / "pyvenv.cfg"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -83,7 +85,7 @@ def check_foreign(python):
         )
 
 
-def install(python, unpinned):
+def install(python, unpinned, extras):
     """Let pip install the library in place with every tool; what it writes goes into a log."""
     LOG.parent.mkdir(exist_ok=True)
     pins = [] if unpinned else ["--constraint", str(ROOT / "constraints.txt")]
@@ -93,7 +95,7 @@ def install(python, unpinned):
         flush=True,
     )
     with LOG.open("w") as log:
-        code = subprocess.call([*call, "--editable", "{}[{}]".format(ROOT, EXTRAS)], stdout=log, stderr=log)
+        code = subprocess.call([*call, "--editable", "{}[{}]".format(ROOT, extras)], stdout=log, stderr=log)
     if code:
         text = LOG.read_text(errors="replace")
         sys.exit("{}\n{}".format("\n".join(text.splitlines()[-8:]), reason_of_failure(text)))
@@ -104,13 +106,17 @@ def main():
     parser = argparse.ArgumentParser(description="Make the virtual environment.")
     parser.add_argument("venv", nargs="?", default=".venv", type=Path)
     parser.add_argument("--unpinned", action="store_true", help="ignore constraints.txt")
+    parser.add_argument("--peers", action="store_true", help="what the benchmarks measure beside us, too")
     options = parser.parse_args()
     venv = ROOT / options.venv
     python = venv / "bin" / "python"
     if python.exists() and not (venv / "pyvenv.cfg").exists():
         return check_foreign(python)
     stamp = venv / "geomlib-stamp"
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted_state(venv, options.unpinned):
+    # An environment that has the peers has all that the other commands need, too.
+    enough = [WITH_PEERS] if options.peers else [EXTRAS, WITH_PEERS]
+    made_for = stamp.read_text() if python.exists() and stamp.exists() else None
+    if made_for and made_for in [wanted_state(venv, options.unpinned, extras) for extras in enough]:
         return None
     if not python.exists():
         problem = missing_from_python(
@@ -122,8 +128,8 @@ def main():
         print("Making a virtual environment in {}".format(os.path.relpath(str(venv))), flush=True)
         if subprocess.call([sys.executable, "-m", "venv", str(venv)]):
             sys.exit("The virtual environment could not be made; the lines above say why.")
-    install(python, options.unpinned)
-    stamp.write_text(wanted_state(venv, options.unpinned))
+    install(python, options.unpinned, enough[0])
+    stamp.write_text(wanted_state(venv, options.unpinned, enough[0]))
     return None
 
 
