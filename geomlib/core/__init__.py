@@ -1,5 +1,6 @@
 """Numerics that several papers share: fixed points, linear systems, contractions, scans. Knows no paper."""
 
+from geomlib.core.conjugate_gradient import CGInfo, conjugate_gradient, newton_cg, newton_descent, real_inner
 from geomlib.core.contraction import (
     ContractiveConv1d,
     ContractiveConv2d,
@@ -31,6 +32,7 @@ __all__ = [
     "Adjoint",
     "Anderson",
     "Broyden",
+    "CGInfo",
     "ContractiveConv1d",
     "ContractiveConv2d",
     "ContractiveLinear",
@@ -45,10 +47,14 @@ __all__ = [
     "Solver",
     "Unrolled",
     "arnoldi",
+    "conjugate_gradient",
     "gmres",
     "linear_recurrence",
     "lipschitz_estimate",
+    "newton_cg",
+    "newton_descent",
     "operator_norm_bound",
+    "real_inner",
     "solve",
     "spectral_radius",
     "ssd",
