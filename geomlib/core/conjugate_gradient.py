@@ -119,8 +119,8 @@ def conjugate_gradient(
 
     Notes
     -----
-    Source: Hestenes and Stiefel 1952. Reconstructed: the masks, and the flag of curvature below `16 eps` of the
-    largest seen, which also tells a singular operator.
+    Source: Hestenes and Stiefel 1952. Reconstructed: the masks, and the flag of curvature below `16 eps` of
+    the largest seen, which also tells a singular operator.
 
     Examples
     --------

@@ -1,9 +1,10 @@
-"""Stationary graph networks (Pasechnyuk-Vilensky and Takac, arXiv 2507.20088): layers that relax on learned graphs.
+"""Stationary graph networks (Pasechnyuk-Vilensky and Takac, arXiv 2507.20088): layers that relax.
 
-A hidden layer is the stationary state of a dissipative Schrodinger-type flow on a weighted graph with a unitary
-connection; the graph is learned, the stack is one equation.
+A hidden layer is the stationary state of a dissipative Schrodinger-type flow on a weighted graph with a
+unitary connection; the graph is learned, the stack is one equation.
 """
 
+from geomlib.core import real_inner
 from geomlib.stationary.graph import SheafGraph
 from geomlib.stationary.layer import (
     UnstableBranchError,
@@ -36,6 +37,7 @@ __all__ = [
     "edge_gradient",
     "energy",
     "hessian_product",
+    "real_inner",
     "residual",
     "solve_stationary",
     "stationary_layer",

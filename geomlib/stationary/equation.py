@@ -1,8 +1,9 @@
 r"""The stationary equation `F(psi) = L psi + grad U(psi) - f = 0`, its energy and its Hessian.
 
 `Phi(psi) = <psi, L psi> / 2 + U(psi) - <f, psi>` has the gradient `F`, and a layer of arXiv 2507.20088 is a
-solution of `F = 0`: the end of the dissipative Schrodinger flow `d psi / dt = -(gamma + i) F(psi)`. Everything is
-symmetric for the real inner product; for a nonlinear potential the Hessian is not complex-linear.
+solution of `F = 0`: the end of the dissipative Schrodinger flow `d psi / dt = -(gamma + i) F(psi)`.
+Everything is symmetric for the real inner product; for a nonlinear potential the Hessian is not
+complex-linear.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Equation:
     drive
         `(B, n, d)`, real or complex.
     path
-        `"dense"` writes Hessians out and factorises them, `"sparse"` only multiplies by them; `"auto"` is dense
-        up to 200 real unknowns in a sample.
+        `"dense"` writes Hessians out and factorises them, `"sparse"` only multiplies by them; `"auto"` is
+        dense up to 200 real unknowns in a sample.
 
     Raises
     ------
@@ -67,7 +68,7 @@ class Equation:
 
     @cached_property
     def convex(self) -> bool:
-        """Whether strong monotonicity is certain: weights that are not negative, a potential that is convex."""
+        """Whether strong monotonicity is certain: no negative weights, a strongly convex potential."""
         return self.monotonicity > 0
 
     @cached_property
@@ -196,7 +197,7 @@ def residual(graph: SheafGraph, potential: Potential, drive: Tensor, psi: Tensor
 
 
 def hessian_product(graph: SheafGraph, potential: Potential, psi: Tensor, x: Tensor) -> Tensor:
-    """Return the Hessian of the energy at `psi` applied to `x`, `(B, n, d)`; symmetric for the real inner product.
+    """Return the Hessian of the energy at `psi` applied to `x`; symmetric for the real inner product.
 
     Parameters
     ----------

@@ -291,7 +291,7 @@ class SheafGraph:
         return zero.index_add(1, first, flow).index_add(1, second, -self.back(flow))
 
     def laplacian(self, psi: Tensor) -> Tensor:
-        """Return `L psi` for states `(B, n, d)`, real or complex; exact gradients for `psi`, weights, transport.
+        """Return `L psi` for states `(B, n, d)`, with exact gradients for states, weights and transport.
 
         Examples
         --------
@@ -405,7 +405,8 @@ class SheafGraph:
             return weights
         if lowest < -ROUNDING:
             raise ValueError(
-                f"weights must not be negative, got {lowest:.3g}: the energy may have no minimum; project them"
+                f"weights must not be negative, got {lowest:.3g}: the energy may have no minimum; "
+                "project them"
             )
         return weights.clamp_min(0)
 

@@ -1,8 +1,8 @@
 r"""Derivatives of a stationary state by the implicit function theorem, to any order.
 
-`F(psi*(theta), theta) = 0` gives `d psi* = -H^{-1} d_theta F`. A gradient `g` of the loss is pulled back by one
-symmetric solve, `H p = -g`, and one product with `d_theta F`. The solve is a function of state and parameters
-again, whose derivative is another solve: so on to any order.
+`F(psi*(theta), theta) = 0` gives `d psi* = -H^{-1} d_theta F`. A gradient `g` of the loss is pulled back by
+one symmetric solve, `H p = -g`, and one product with `d_theta F`. The solve is a function of state and
+parameters again, whose derivative is another solve: so on to any order.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def inverse_hessian(equation: Equation, psi: Tensor, right: Tensor, tol: float) 
     count = int(indefinite.sum())
     if count:
         raise UnstableBranchError(
-            f"the Hessian is not positive definite for {count} of {len(psi)} samples: not on a stable branch, "
-            "no derivative there"
+            f"the Hessian is not positive definite for {count} of {len(psi)} samples: not on a stable "
+            "branch, no derivative there"
         )
     return x
 
@@ -84,7 +84,7 @@ class _Layer:
         return self.graph.with_tensors(weights, transport), potential, drive
 
     def equation(self, tensors: Sequence[Tensor]) -> Equation:
-        """The equation with these tensors, detached."""
+        """Return the equation with these tensors, detached."""
         graph, potential, drive = self.parts([tensor.detach() for tensor in tensors])
         return Equation(graph, potential, drive, self.path)
 
@@ -131,7 +131,7 @@ class _State(torch.autograd.Function):
         if not grad.is_meta and not bool(ctx.converged.all()):
             missed = int((~ctx.converged).sum())
             raise ConvergenceError(
-                f"{missed} of {len(psi)} samples have no stationary state: there is no gradient at what was found",
+                f"{missed} of {len(psi)} samples have no stationary state: what was found has no gradient",
                 Solution(psi, psi.real, None, ctx.converged.long(), ctx.converged, "max_steps", psi.real),
                 float("nan"),
             )

@@ -1,8 +1,8 @@
 r"""The stationary layer: solve `F(psi) = 0`, and differentiate the solution by one adjoint solve.
 
 On a stable branch, where the Hessian is positive definite, the solution is a smooth function of weights,
-transports, potential and drive (SGN-A4); its derivatives need one symmetric linear system and no record of the
-iteration (SGN-A5). arXiv 2507.20088 claims the layer; equations and solvers are reconstructed.
+transports, potential and drive (SGN-A4); its derivatives need one symmetric linear system and no record of
+the iteration (SGN-A5). arXiv 2507.20088 claims the layer; equations and solvers are reconstructed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from geomlib.core import ConvergenceError, ConvergenceWarning, Solution
+from geomlib.core import ConvergenceError, ConvergenceWarning, Solution, real_inner
 from geomlib.core.monitor import Monitor
 from geomlib.core.solution import observed_rate
 from geomlib.stationary.equation import (
@@ -37,6 +37,7 @@ __all__ = [
     "edge_gradient",
     "energy",
     "hessian_product",
+    "real_inner",
     "residual",
     "solve_stationary",
     "stationary_layer",
@@ -138,8 +139,8 @@ def stationary_layer(
     Returns
     -------
     Solution
-        `value` `(B, n, d)` is differentiable; the rest is not. Backward raises :class:`UnstableBranchError` where
-        the Hessian is not positive definite, and `ConvergenceError` where a sample had not converged.
+        `value` `(B, n, d)` is differentiable; the rest is not. Backward raises :class:`UnstableBranchError`
+        where the Hessian is not positive definite, and `ConvergenceError` where a sample had not converged.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def adjoint_field(
     tol: float = 1e-12,
     path: Path = "auto",
 ) -> Tensor:
-    """Solve `H(psi) p = -gradient`: the field that turns perturbations of the equation into changes of the loss.
+    """Solve `H(psi) p = -gradient`: the field that turns changes of the equation into changes of the loss.
 
     Parameters
     ----------
@@ -317,8 +318,8 @@ def _conclude(equation: Equation, value: Tensor, monitor: Monitor, tol: float, t
     missed = int((~solution.converged).sum())
     message = (
         f"stationary state not reached for {missed} of {len(value)} samples ({reason}): residual "
-        f"{float(solution.residual.max()):.2e} against tol {tol:.2e} after {int(solution.steps.max())} steps, "
-        f"observed rate {rate:.4f} a step; raise max_steps or tol, or another solver"
+        f"{float(solution.residual.max()):.2e} against tol {tol:.2e} after {int(solution.steps.max())} "
+        f"steps, observed rate {rate:.4f} a step; raise max_steps or tol, or another solver"
     )
     if throw:
         raise ConvergenceError(message, solution, rate)

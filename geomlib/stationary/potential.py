@@ -97,7 +97,8 @@ class Quartic(Potential):
     Notes
     -----
     Source: reconstructed. The simplest potential that commutes with all unitary maps of a node, has a closed
-    proximity operator and a Hessian that is polynomial; its gradient is the cubic term of a Schrodinger equation.
+    proximity operator and a Hessian that is polynomial; its gradient is the cubic term of a Schrodinger
+    equation.
 
     Examples
     --------
@@ -119,9 +120,7 @@ class Quartic(Potential):
                     if not bool(torch.isfinite(value).all()):
                         raise ValueError(f"{name} must be finite, got infinities or NaN")
                 if float(kappa.min()) < 0:
-                    raise ValueError(
-                        f"kappa must not be negative, got {float(kappa.min()):.3g}: the energy is unbounded below"
-                    )
+                    raise ValueError(f"kappa must not be negative, got {float(kappa.min()):.3g}: no minimum")
         self.V, self.kappa = V, kappa
 
     @property
@@ -184,7 +183,8 @@ class Local(Potential):
 
     Notes
     -----
-    Source: reconstructed; the stationary layer needs no more than a node-local potential with two derivatives.
+    Source: reconstructed; the stationary layer needs no more than a node-local potential with two
+    derivatives.
 
     Examples
     --------
@@ -289,7 +289,7 @@ class Tanh(Potential):
 
 
 class Rectifier(Potential):
-    """The indicator of the non-negative orthant plus `|psi|^2 / 2`: a node without edges is `relu` of its drive.
+    """The indicator of the orthant plus `|psi|^2 / 2`: a node without edges is `relu` of its drive.
 
     It has no Hessian at its kinks, so only solvers that use the proximity operator solve it, and gradients
     are those of the active coordinates.
@@ -331,9 +331,9 @@ class Rectifier(Potential):
 def positive_root(linear: Tensor, cubic: Tensor) -> Tensor:
     """Return the root of `linear s + cubic s^3 = 1` for `linear > 0` and `cubic >= 0`.
 
-    Newton's method from `1 / linear` or the cube root, whichever is less: at most 1.5 times the root and above
-    it, where the left side is convex, so that the steps come down quadratically. The last of them carries the
-    exact derivative.
+    Newton's method from `1 / linear` or the cube root, whichever is less: at most 1.5 times the root and
+    above it, where the left side is convex, so that the steps come down quadratically. The last of them
+    carries the exact derivative.
 
     Examples
     --------
@@ -350,7 +350,7 @@ def positive_root(linear: Tensor, cubic: Tensor) -> Tensor:
 
 
 def _components(psi: Tensor) -> Tensor:
-    """The real coordinates of each node: `(B, n, d)` or `(B, n, 2 d)`, a view."""
+    """Return the real coordinates of each node, `(B, n, d)` or `(B, n, 2 d)`, a view."""
     return torch.view_as_real(psi).flatten(2) if psi.is_complex() else psi
 
 

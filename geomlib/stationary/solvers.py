@@ -2,8 +2,8 @@ r"""Solvers of the stationary equation: Newton with conjugate gradients, splitti
 
 Newton's method needs the Hessian and finds minimisers on its own; forward-backward and Douglas-Rachford
 splitting need the proximity operator of the potential; the flow `d psi / dt = -(gamma + i) F` is the physical
-dynamics of arXiv 2507.20088. All of them iterate under a monitor of `geomlib.core`, on the residual `|F| / max(1,
-|f|)` of each sample.
+dynamics of arXiv 2507.20088. All of them iterate under a monitor of `geomlib.core`, on the residual `|F| /
+max(1, |f|)` of each sample.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class DissipativeFlow:
     gamma
         Dissipation, positive; for real states the flow is the gradient flow `-gamma F`.
     step
-        Length of a step in time; by default half of the stable `2 gamma / ((1 + gamma^2) h)`, with `h` a bound
-        of the Hessian on the states met so far.
+        Length of a step in time; by default half of the stable `2 gamma / ((1 + gamma^2) h)`, with `h` a
+        bound of the Hessian on the states met so far.
 
     Raises
     ------
@@ -166,8 +166,8 @@ class DissipativeFlow:
 
     Notes
     -----
-    Source: arXiv 2507.20088 for the dynamics; its equation is reconstructed. `gamma` changes the path and not the
-    end (SGN-A2).
+    Source: arXiv 2507.20088 for the dynamics; its equation is reconstructed. `gamma` changes the path and not
+    the end (SGN-A2).
 
     Examples
     --------
