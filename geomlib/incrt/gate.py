@@ -63,7 +63,7 @@ class Gate(nn.Module):
     directions
         `(d, m)`: the directions given to heads, in the order of capture, orthonormal.
     theta
-        The threshold `()`, NaN until it is known.
+        The threshold `()`, -1 until it is known.
 
     Raises
     ------
@@ -132,7 +132,7 @@ class Gate(nn.Module):
             return torch.zeros(shape, device=device, dtype=kind)
 
         buffers = {
-            "theta": zeros().fill_(math.nan if theta is None else theta),
+            "theta": zeros().fill_(-1 if theta is None else theta),
             "floor": zeros(),
             "trackers": draws[:2].clone(),  # top and bottom
             "start": draws[2].clone(),  # where a tracker starts anew when its direction was captured
@@ -195,7 +195,7 @@ class Gate(nn.Module):
         self.trackers[0], self.trackers[1] = found.u_top, found.u_bottom
         self.floor.copy_(threshold_floor(S, Ma))
         first, last = self.calibrate
-        if bool(self.theta.isnan()):
+        if bool(self.theta < 0):
             known = int(self.calibrated)
             if first <= step <= last or (step > last and not known):
                 self.calibration[known] = found.top
@@ -209,16 +209,14 @@ class Gate(nn.Module):
         return found
 
     def threshold(self) -> float:
-        """Return what a signal must exceed: `theta`, but no less than rounding; NaN before it is known."""
+        """Return what a signal must exceed: `theta`, but no less than rounding; `inf` before it is known."""
         theta = float(self.theta)
-        return theta if math.isnan(theta) else max(theta, float(self.floor))
+        return math.inf if theta < 0 else max(theta, float(self.floor))
 
     def ready(self, step: int) -> bool:
         """Whether a head is due: the dwell is over, and the median recent signal above the threshold."""
         threshold, known = self.threshold(), min(int(self.seen), self.persistence)
-        if math.isnan(threshold) or known == 0 or self.captured == self.d:
-            return False
-        if step - int(self.last_event) < self.dwell:
+        if known == 0 or self.captured == self.d or step - int(self.last_event) < self.dwell:
             return False
         return float(self.recent[:known].median()) > threshold
 

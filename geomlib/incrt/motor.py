@@ -133,6 +133,8 @@ class _Motor(nn.Module):
 
     @torch.no_grad()
     def _absorb(self, S: Tensor, Ma: Tensor, usable: Tensor) -> None:
+        if S.shape[-1] != self.d:
+            raise ValueError(f"xh must hold tokens of width {self.d}, got {S.shape[-1]}")
         # A batch with a NaN is skipped by selection, so that the host need not wait to look at it.
         weight = self.ema * self.weight + (1 - self.ema)
         rate = (1 - self.ema) / weight

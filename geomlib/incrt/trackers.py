@@ -121,7 +121,7 @@ def _image(u: Tensor, A: Tensor | Apply, eta: float | Tensor) -> tuple[Tensor, T
     if isinstance(A, Tensor):
         if A.dim() != 2 or A.shape[0] != A.shape[1] or A.shape[0] != u.shape[-1]:
             raise ValueError(f"A must be square of width {u.shape[-1]}, got {tuple(A.shape)}")
-        image = u @ A
+        image = (u.unsqueeze(0) @ A).squeeze(0)
     else:
         image = A(u)
     if not isinstance(eta, Tensor) and not eta > 0:
