@@ -55,7 +55,7 @@ def bloch(psi: Tensor) -> Tensor:
     """
     _check_spinor(psi)
     up, down = psi.unbind(-1)
-    across = 2 * up.conj() * down
+    across = 2 * up.conj_physical() * down  # not the lazy conj(), which not every backend resolves
     return torch.stack([across.real, across.imag, up.abs().square() - down.abs().square()], -1)
 
 
@@ -270,7 +270,7 @@ def spinor_velocity(graph: SheafGraph, psi: Tensor, field: Tensor | None = None,
         [z * up + torch.complex(x, -y) * down, torch.complex(x, y) * up - z * down], -1
     )  # H psi
     # <H> of a state of norm one; dividing by |psi|^2 keeps any norm, not only one.
-    mean = (psi.conj() * moved).real.sum(-1, keepdim=True) / psi.abs().square().sum(-1, keepdim=True)
+    mean = (psi.conj_physical() * moved).real.sum(-1, keepdim=True) / psi.abs().square().sum(-1, keepdim=True)
     return -1j * moved - gamma * (moved - mean * psi)
 
 

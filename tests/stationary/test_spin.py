@@ -85,10 +85,11 @@ def test_velocities_correspond_at_every_state(magnet, gamma):
     assert (spins * landau_lifshitz(graph, spins, field, gamma=gamma)).sum(-1).abs().max() < 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 def test_integrated_states_and_spins_agree(magnet, gamma):
     graph, psi, field = magnet
-    times = {"step": 0.005, "steps": 4000, "every": 100}
+    times = {"step": 0.005, "steps": 4000, "every": 200}
     states = rk4(lambda y: spinor_velocity(graph, y, field, gamma=gamma), psi, **times)
     spins = rk4(lambda s: landau_lifshitz(graph, s, field, gamma=gamma), bloch(psi), **times)
     assert (bloch(states) - spins).abs().max() < 1e-6
