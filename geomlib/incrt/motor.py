@@ -312,9 +312,7 @@ class TaskMotor(_Motor):
 
 def _check_batch(delta: Tensor | None, xh: Tensor, mask: Tensor | None) -> None:
     if xh.dim() != 3 or not xh.is_floating_point():
-        raise ValueError(
-            f"xh must be floating with shape (batch, tokens, d), got {tuple(xh.shape)}, {xh.dtype}"
-        )
+        raise ValueError(f"xh must be floating (batch, tokens, d), got {tuple(xh.shape)}, {xh.dtype}")
     if delta is not None and delta.shape != xh.shape:
         raise ValueError(f"delta must have the shape of xh {tuple(xh.shape)}, got {tuple(delta.shape)}")
     if mask is not None and (mask.shape != xh.shape[:2] or mask.dtype != torch.bool):

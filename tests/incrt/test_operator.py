@@ -123,7 +123,7 @@ def test_captured_directions_leave_the_operator(generator):
 
 
 def test_bottom_eigenvalue_is_negative_once_anything_is_captured():
-    """The second condition of the published gate, a bottom eigenvalue below a positive bound, never decides."""
+    """The second condition of the published gate, a bottom below a positive bound, never decides."""
     A = planted()
     for count in range(1, 11):
         Q = greedy_directions(A, 0.05).Q[:, :count]
