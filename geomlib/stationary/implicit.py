@@ -17,8 +17,8 @@ from torch import Tensor
 from geomlib.core import ConvergenceError, Solution
 from geomlib.stationary.equation import Equation, Path
 from geomlib.stationary.graph import SheafGraph
+from geomlib.stationary.hessian import hessian_solve, lowest, stiffness
 from geomlib.stationary.potential import Potential
-from geomlib.stationary.solvers import hessian_solve
 
 __all__ = ["UnstableBranchError", "attach", "inverse_hessian"]
 
@@ -54,14 +54,29 @@ def inverse_hessian(equation: Equation, psi: Tensor, right: Tensor, tol: float) 
     """
     if right.numel() == 0 or right.is_meta:
         return torch.zeros_like(right)
-    x, indefinite = hessian_solve(equation, psi, right, tol, MAX_STEPS)
-    count = int(indefinite.sum())
-    if count:
+    floor = 0.0 if equation.convex else torch.finfo(right.dtype).eps ** 0.5
+    x, indefinite, missed = hessian_solve(equation, psi, right, tol, MAX_STEPS, floor)
+    if floor and not equation.dense:
+        # Conjugate gradients see only what the right-hand side excites.
+        indefinite = indefinite | (lowest(equation, psi) <= floor * stiffness(equation, psi))
+    if bool(indefinite.any()):
         raise UnstableBranchError(
-            f"the Hessian is not positive definite for {count} of {len(psi)} samples: not on a stable "
-            "branch, no derivative there"
+            f"the Hessian is not positive definite for {int(indefinite.sum())} of {len(psi)} samples: not on "
+            "a stable branch, no derivative there"
         )
+    if bool(missed.any()):
+        raise _no_gradient(psi, missed, "the adjoint solve missed its tolerance")
     return x
+
+
+def _no_gradient(psi: Tensor, missed: Tensor, why: str) -> ConvergenceError:
+    flags = ~missed
+    size = torch.where(missed, torch.inf, 0.0)
+    steps = torch.full_like(missed, MAX_STEPS, dtype=torch.int64)
+    report = Solution(psi.detach(), size, None, steps, flags, "max_steps", size[None])
+    return ConvergenceError(
+        f"{int(missed.sum())} of {len(psi)} samples have no gradient: {why}", report, float("nan")
+    )
 
 
 @dataclass(frozen=True)
@@ -129,12 +144,7 @@ class _State(torch.autograd.Function):
         psi, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
         if not grad.is_meta and not bool(ctx.converged.all()):
-            missed = int((~ctx.converged).sum())
-            raise ConvergenceError(
-                f"{missed} of {len(psi)} samples have no stationary state: what was found has no gradient",
-                Solution(psi, psi.real, None, ctx.converged.long(), ctx.converged, "max_steps", psi.real),
-                float("nan"),
-            )
+            raise _no_gradient(psi, ~ctx.converged, "what was found is no stationary state")
         p = -_inverse(ctx.layer, grad, psi, tensors)
         return (None, None, *_pull(ctx.layer, p, psi, tensors, wanted))
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from geomlib.core import Anderson, Picard, conjugate_gradient, newton_descent
 from geomlib.core.monitor import Monitor
-from geomlib.stationary.equation import ENTRIES, Equation
+from geomlib.stationary.equation import Equation
+from geomlib.stationary.hessian import hessian_solve, stiffness
 
 __all__ = ["DissipativeFlow", "DouglasRachford", "ForwardBackward", "NewtonCG", "Solver"]
 
@@ -67,7 +68,7 @@ class NewtonCG:
         _need_smooth(equation, self)
 
         def direction(psi: Tensor, right: Tensor, accuracy: Tensor) -> tuple[Tensor, Tensor]:
-            return hessian_solve(equation, psi, right, accuracy, self.inner_steps)
+            return hessian_solve(equation, psi, right, accuracy, self.inner_steps)[:2]
 
         return newton_descent(
             equation.energy,
@@ -198,7 +199,7 @@ class DissipativeFlow:
         """Return the step that is stable at these states, `(B, 1, 1)`."""
         if self.step is not None:
             return equation.scale.new_full((len(psi), 1, 1), self.step)
-        return self._stable(_stiffness(equation, psi))[:, None, None]
+        return self._stable(stiffness(equation, psi))[:, None, None]
 
     def _stable(self, stiffness: Tensor) -> Tensor:
         # Real states have no rotating part.
@@ -209,14 +210,14 @@ class DissipativeFlow:
         """Iterate from `start`."""
         _need_smooth(equation, self)
         slope = equation.residual(start)
-        stiffest = _stiffness(equation, start)
+        stiffest = stiffness(equation, start)
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal slope, stiffest
             psi = equation.shaped(x)
             turned = slope * (self.gamma + 1j) if psi.is_complex() else slope * self.gamma
             if self.step is None:
-                stiffest = torch.maximum(stiffest, _stiffness(equation, psi))
+                stiffest = torch.maximum(stiffest, stiffness(equation, psi))
                 image = psi - self._stable(stiffest)[:, None, None] * turned
             else:
                 image = psi - self.step * turned
@@ -292,42 +293,6 @@ class DouglasRachford:
         )
 
 
-def hessian_solve(
-    equation: Equation, psi: Tensor, right: Tensor, accuracy: Tensor | float, max_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Solve `H(psi) x = right` for each sample.
-
-    Returns
-    -------
-    x : Tensor
-        `(B, n, d)`.
-    indefinite : Tensor
-        `(B,)` bool, where `H` was seen not to be positive definite; `x` is of no use there.
-
-    Examples
-    --------
-    >>> from geomlib.stationary import Quartic, SheafGraph
-    >>> one = torch.ones(1)
-    >>> equation = Equation(SheafGraph.complete(1, one[:0]), Quartic(4 * one, one), torch.ones(1, 1, 1))
-    >>> hessian_solve(equation, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), 1e-6, 10)
-    (tensor([[[0.2500]]]), tensor([False]))
-    """
-    if not equation.dense:
-        x, info = conjugate_gradient(
-            lambda v: equation.hessian_product(psi, v), right, tol=accuracy, max_steps=max_steps
-        )
-        return x, info.negative
-    chunk = max(1, ENTRIES // equation.unknowns**2)
-    parts, flags = [], []
-    for some, b in zip(psi.split(chunk), equation.flat(right).split(chunk), strict=True):
-        factor, info = torch.linalg.cholesky_ex(equation.hessian(some))
-        bad = info != 0
-        found = torch.cholesky_solve(b.unsqueeze(2), factor).squeeze(2)
-        parts.append(torch.where(bad[:, None], 0.0, found))
-        flags.append(bad)
-    return equation.shaped(torch.cat(parts)), torch.cat(flags)
-
-
 class _Watch(Monitor):
     """A monitor that judges images by the residual of the equation, and keeps what it is told to keep."""
 
@@ -361,14 +326,6 @@ def _watched(
 
     solver.run(f, start, monitor)
     return equation.shaped(monitor.value), monitor
-
-
-def _stiffness(equation: Equation, psi: Tensor) -> Tensor:
-    """Bound the largest eigenvalue of each sample's Hessian: twice the degree plus the local row sums."""
-    from geomlib.stationary.equation import blocks
-
-    local = blocks(equation.potential, psi).abs().sum(3).amax(2)  # (B, n)
-    return (2 * equation.graph.degrees() + local).amax(1).clamp_min(torch.finfo(local.dtype).tiny)
 
 
 def _resolvent(equation: Equation, t: float) -> Callable[[Tensor], Tensor]:
