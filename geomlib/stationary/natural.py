@@ -59,9 +59,7 @@ def natural_step(metric: Tensor, weights: Tensor, gradient: Tensor, step: float)
     """
     _check(weights, gradient, step)
     if metric.shape != (len(weights), len(weights)):
-        raise ValueError(
-            f"metric must have shape {(len(weights), len(weights))}, got {tuple(metric.shape)}"
-        )
+        raise ValueError(f"metric must have shape {(len(weights), len(weights))}, got {tuple(metric.shape)}")
     if not len(weights):
         return weights.detach().clone()
     w, g, tensor = (x.detach().cpu().double().numpy() for x in (weights, gradient, metric))
