@@ -49,8 +49,8 @@ class DDCLBlock(nn.Module):
     temperature
         A schedule, or a number that is held.
     groups
-        Cut the dictionary into so many that assign independently; with two prototypes in each, the block is
-        a feed-forward block with sigmoid units.
+        Deal the prototypes out into so many dictionaries that assign independently (see `soft_quantise`);
+        with two prototypes in each, the block is a feed-forward block with sigmoid units.
     active
         How many prototypes are switched on; the others are room to grow into. None: all, and for good.
     commitment

@@ -20,10 +20,6 @@ from geomlib.core.precision import full_precision, working_dtype
 __all__ = [
     "Mode",
     "Quantised",
-    "check_mode",
-    "check_temperature",
-    "check_tokens",
-    "cold",
     "soft_quantise",
 ]
 
@@ -97,7 +93,7 @@ class Quantised:
     def usage(self) -> Tensor:
         """Mean assignment of each prototype `(K,)`, in each group one in sum."""
         rows = self._rows().detach()
-        return rows.mean(0) if self.weights is None else self.weights @ rows
+        return rows.mean(0) if self.weights is None else rows.T @ self.weights
 
     def _rows(self) -> Tensor:
         return self.q.reshape(-1, self.q.shape[-1])
@@ -106,11 +102,11 @@ class Quantised:
         """Barycentres relative to the centre `(N, groups, d)`."""
         if self.groups == 1:
             return (rows @ self.prototypes)[:, None]
-        parts = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, N, K / groups)
-        return (parts @ self.prototypes.unflatten(0, (self.groups, -1))).transpose(0, 1)
+        parts = rows.unflatten(1, (-1, self.groups)).permute(2, 0, 1)  # (groups, N, K / groups)
+        return (parts @ self.prototypes.unflatten(0, (-1, self.groups)).transpose(0, 1)).transpose(0, 1)
 
     def _mean(self, values: Tensor) -> Tensor:
-        return values.mean() if self.weights is None else self.weights @ values
+        return values.mean() if self.weights is None else (self.weights * values).sum()
 
 
 def soft_quantise(
@@ -141,8 +137,8 @@ def soft_quantise(
     mask
         Valid tokens `(...)`, boolean; the others get no assignment and enter no mean.
     groups
-        Cut the prototypes into so many dictionaries of equal size, each of which assigns the whole token on
-        its own.
+        Deal the prototypes out into so many dictionaries of equal size, each of which assigns the whole token
+        on its own: prototype `k` belongs to dictionary `k % groups`, the order in which a softmax is fast.
     log_prior
         Added to `-D / T` `(K,)`; `-inf` switches a prototype off.
     stop_grad
@@ -219,14 +215,14 @@ class _Assign(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         scores = torch.addmm(-P.square().sum(1) / T, x, (P * (2 / T)).T)
         logits = scores if prior is None else scores + prior
-        q = logits.unflatten(1, (groups, -1)).softmax(-1).flatten(1)
+        q = logits.softmax(1) if groups == 1 else logits.unflatten(1, (-1, groups)).softmax(1).flatten(1)
         if weights is None:
             inner = torch.dot(q.reshape(-1), scores.reshape(-1))
             square = torch.dot(x.reshape(-1), x.reshape(-1))
             loss = (square - T / groups * inner) / len(x)
         else:
             q = q * (weights != 0)[:, None]
-            loss = weights @ (x.square().sum(1) - T / groups * (q * scores).sum(1))
+            loss = (weights * (x.square().sum(1) - T / groups * (q * scores).sum(1))).sum()
         return q, loss.clamp_min(0), scores
 
     @staticmethod
@@ -245,12 +241,12 @@ class _Assign(torch.autograd.Function):
         to_scores, to_prior, by_square = through_q, through_q, None
         if by_loss is not None:
             share = by_loss / len(x) if weights is None else (by_loss * weights)[:, None]
-            pull = share * (T / ctx.groups)
-            part = -pull * q
+            pull = share * (-T / ctx.groups)
             if ctx.full:
-                inside = _softmax_backward(-pull * scores, q, ctx.groups)
-                part, to_prior = part + inside, _add(to_prior, inside)
-            to_scores = _add(to_scores, part)
+                # The loss holds the assignments, which pass on, and the scores: one pass for both arrivals.
+                whole = pull * scores if by_q is None else torch.addcmul(by_q, pull, scores)
+                to_prior = _softmax_backward(whole, q, ctx.groups)
+            to_scores = pull * q if to_prior is None else torch.addcmul(to_prior, pull, q)
             by_square = None if ctx.stop else 2 * share * x
         to_tokens = through_q if ctx.stop else to_scores
         to_scores, to_tokens = _add(to_scores, by_scores), _add(to_tokens, by_scores)
@@ -265,8 +261,10 @@ class _Assign(torch.autograd.Function):
 
 
 def _softmax_backward(gradient: Tensor, q: Tensor, groups: int) -> Tensor:
-    rows, gradient = q.unflatten(1, (groups, -1)), gradient.unflatten(1, (groups, -1))
-    return torch._softmax_backward_data(gradient, rows, -1, rows.dtype).flatten(1)
+    if groups == 1:
+        return torch._softmax_backward_data(gradient, q, 1, q.dtype)
+    rows, gradient = q.unflatten(1, (-1, groups)), gradient.unflatten(1, (-1, groups))
+    return torch._softmax_backward_data(gradient, rows, 1, rows.dtype).flatten(1)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -15,6 +15,9 @@ from geomlib.core.precision import working_dtype
 
 __all__ = ["Temperature"]
 
+SAMPLE = 1024
+"""About how many tokens a training step looks at to follow the eigenvalue."""
+
 
 class Temperature(nn.Module):
     r"""Schedule `T(t) = scale * max(end, start * decay^(t / total_steps))`.
@@ -172,17 +175,19 @@ class Temperature(nn.Module):
 
     def _spread(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """Take one step of power iteration with the covariance, and return the norm of the image `()`."""
-        x = z.detach().reshape(-1, z.shape[-1]).to(working_dtype(z.dtype))
+        x = z.detach().reshape(-1, z.shape[-1])
+        stride = max(1, len(x) // SAMPLE)  # one step of many: a sample will do
+        x = x[::stride].to(working_dtype(z.dtype))
         direction = self.direction.to(x)
         if mask is None:
             x = x - x.mean(0)
-            image = (x @ direction) @ x / len(x)
+            image = x.T @ (x @ direction) / len(x)
         else:
-            valid = mask.reshape(-1, 1)
+            valid = mask.reshape(-1, 1)[::stride]
             number = valid.sum().clamp_min(1)
             x = torch.where(valid, x, 0)
             x = torch.where(valid, x - x.sum(0) / number, 0)
-            image = (x @ direction) @ x / number
+            image = x.T @ (x @ direction) / number
         norm = image.norm()
         moves = norm > torch.finfo(x.dtype).tiny  # tokens that do not vary keep the direction
         self.direction.copy_(torch.where(moves, image / norm, direction))
