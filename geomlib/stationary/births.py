@@ -70,9 +70,9 @@ def birth(p: Tensor, psi: Tensor, edges: Tensor) -> Birth:
     if edges.dim() != 2 or len(edges) != 2:
         raise ValueError(f"edges must have shape (2, K), got {tuple(edges.shape)}: two ends each")
     u, v = edges
-    alone = (p.conj() * psi).real.sum((0, 2)) if p.is_complex() else (p * psi).sum((0, 2))
-    q = torch.einsum("bka,bkc->kac", psi[:, v], p[:, u].conj())
-    q = q + torch.einsum("bka,bkc->kac", p[:, v], psi[:, u].conj())
+    alone = (p.conj_physical() * psi).real.sum((0, 2)) if p.is_complex() else (p * psi).sum((0, 2))
+    q = torch.einsum("bka,bkc->kac", psi[:, v], p[:, u].conj_physical())
+    q = q + torch.einsum("bka,bkc->kac", p[:, v], psi[:, u].conj_physical())
     if q.is_complex() and q.shape[-1] == 1:
         transport, size = -q[:, 0, 0].angle(), q[:, 0, 0].abs()
     else:
@@ -142,8 +142,8 @@ def unitary_step(transport: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
             f"gradient must have the shape {tuple(transport.shape)} of transport and step one number per "
             f"edge, got {tuple(gradient.shape)} and {tuple(step.shape)}"
         )
-    inner = transport.mH @ gradient
-    skew = (inner - inner.mH) / 2
+    inner = transport.mT.conj_physical() @ gradient
+    skew = (inner - inner.mT.conj_physical()) / 2
     return polar(transport @ torch.matrix_exp(-step[:, None, None] * skew))
 
 
@@ -152,4 +152,4 @@ def _procrustes(q: Tensor) -> tuple[Tensor, Tensor]:
     left, sizes, right = torch.linalg.svd(q)
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     empty = (sizes.sum(-1) == 0)[:, None, None]
-    return torch.where(empty, identity, (left @ right).mH), sizes.sum(-1)
+    return torch.where(empty, identity, (left @ right).mT.conj_physical()), sizes.sum(-1)

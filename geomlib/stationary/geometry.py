@@ -319,7 +319,7 @@ def relabel(graph: SheafGraph, permutation: Tensor) -> tuple[SheafGraph, Tensor]
         if transport.dim() == 1:
             transport = torch.where(flipped, -transport, transport)
         else:
-            transport = torch.where(flipped[:, None, None], transport.mH, transport)
+            transport = torch.where(flipped[:, None, None], transport.mT.conj_physical(), transport)
     return SheafGraph(graph.nodes, edges, graph.weights[order], transport), order
 
 

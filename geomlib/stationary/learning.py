@@ -296,8 +296,8 @@ class _Mover:
             transport[alive] -= length * move
             return transport, -length * float(local @ move)
         diagonal = tensor[:, before > 0].diagonal() if tensor.dim() == 2 else tensor
-        inner = transport[alive].mH @ local
-        skew = (inner - inner.mH) / 2
+        inner = transport[alive].mT.conj_physical() @ local
+        skew = (inner - inner.mT.conj_physical()) / 2
         transport[alive] = unitary_step(transport[alive], local, length / diagonal)
         return transport, -length * float((skew.abs().square().sum((1, 2)) / diagonal).sum())
 

@@ -205,13 +205,13 @@ def transport_gradient(graph: SheafGraph, p: Tensor, psi: Tensor) -> Tensor:
     if graph.transport is None:
         raise ValueError("graph must have transports, got a plain graph: nothing to differentiate by")
     v = graph.edges[1]
-    outer = torch.einsum("bka,bkc->kac", graph.coboundary(psi), p[:, v].conj())
-    outer = outer + torch.einsum("bka,bkc->kac", graph.coboundary(p), psi[:, v].conj())
+    outer = torch.einsum("bka,bkc->kac", graph.coboundary(psi), p[:, v].conj_physical())
+    outer = outer + torch.einsum("bka,bkc->kac", graph.coboundary(p), psi[:, v].conj_physical())
     euclidean = -graph.weights[:, None, None] * outer
     if graph.transport.dim() > 1:
         return euclidean
     along = 1j * torch.polar(torch.ones_like(graph.transport), graph.transport)
-    return (euclidean[:, 0, 0].conj() * along).real
+    return (euclidean[:, 0, 0].conj_physical() * along).real
 
 
 def _real(psi: Tensor) -> Tensor:

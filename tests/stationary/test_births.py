@@ -102,6 +102,16 @@ def test_transport_gradient_is_that_of_autograd(d, dtype, generator):
     torch.testing.assert_close(transport_gradient(graph, p, psi), expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, COMPLEX])
+def test_births_on_devices(device, dtype, generator):
+    p, psi = (torch.randn(4, 5, 2, generator=generator, dtype=dtype) for _ in range(2))
+    edges = torch.triu_indices(5, 5, 1)
+    expected = birth(p, psi, edges)
+    moved = birth(p.to(device), psi.to(device), edges.to(device))
+    torch.testing.assert_close(moved.derivative.cpu(), expected.derivative)
+    torch.testing.assert_close(moved.transport.cpu(), expected.transport)
+
+
 @pytest.mark.parametrize("connection", [False, True])
 def test_slope_is_the_gradient_over_all_candidates(connection, generator):
     graph, potential, drive, _, loss, _ = problem(2, COMPLEX, generator)
@@ -144,15 +154,6 @@ def test_polar_factor_is_the_nearest_unitary(generator):
     near = float((polar(matrix) - matrix).norm())
     others = (unitaries(2000, 3, generator) - matrix).flatten(1).norm(dim=1)
     assert (others >= near).all()
-
-
-def test_devices(device, generator):
-    p, psi = (torch.randn(4, 5, 2, generator=generator) for _ in range(2))
-    edges = torch.triu_indices(5, 5, 1)
-    expected = birth(p, psi, edges)
-    moved = birth(p.to(device), psi.to(device), edges.to(device))
-    torch.testing.assert_close(moved.derivative.cpu(), expected.derivative)
-    torch.testing.assert_close(moved.transport.cpu(), expected.transport)
 
 
 def test_bad_arguments_are_named(generator):
