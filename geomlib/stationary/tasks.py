@@ -88,7 +88,7 @@ def ring_with_chords(
     return SheafGraph(nodes, torch.stack([u, v]).to(device), weights.to(device), transport)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recovery:
     """Find a graph again from drives and the stationary states that they have on it.
 
@@ -106,6 +106,9 @@ class Recovery:
     potential: Quartic
     drive: Tensor
     target: Tensor
+
+    def __repr__(self) -> str:
+        return f"Recovery({self.truth}, {len(self.drive)} drives)"
 
     def objective(self) -> StationaryObjective:
         """Return half the mean of `|psi - target|^2` over samples; phases are learned if there are any."""
@@ -160,8 +163,8 @@ def latent_graph_regression(
 
     Examples
     --------
-    >>> latent_graph_regression(generator=torch.Generator().manual_seed(0)).drive.shape
-    torch.Size([60, 10, 1])
+    >>> latent_graph_regression(generator=torch.Generator().manual_seed(0))
+    Recovery(SheafGraph(10 nodes, 13 edges of 45 candidates), 60 drives)
     """
     truth = ring_with_chords(nodes, chords, generator=generator, device=device)
     return _recovery(truth, drives, noise, mu, kappa, generator)
@@ -199,7 +202,7 @@ def connection_recovery(
     return _recovery(truth, drives, noise, mu, kappa, generator)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HiddenClusters:
     """Classify by the cluster that is driven, seeing one node of each cluster only (task T2).
 
@@ -219,6 +222,11 @@ class HiddenClusters:
     drive: Tensor
     labels: Tensor
     cluster: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"HiddenClusters({len(self.drive)} samples, {len(self.cluster)} nodes, {self.classes} clusters)"
+        )
 
     @property
     def classes(self) -> int:
