@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from geomlib.stationary import tasks
 from geomlib.stationary.graph import SheafGraph
 from geomlib.stationary.learning import learn_graph
-from geomlib.stationary.objectives import StationaryObjective
+from geomlib.stationary.objectives import StationaryObjective, best_scale
 from geomlib.stationary.penalties import MCP, Linear
 from geomlib.stationary.scores import phase_error, support_f1, weight_error
 
@@ -92,11 +92,11 @@ def test_graph_without_phases_cannot_fit_a_connection():
 def test_scale_of_the_logits_is_the_best_one(generator):
     logits = torch.randn(50, 3, generator=generator, dtype=torch.float64)
     labels = (logits + torch.randn(50, 3, generator=generator)).argmax(1)
-    scale = float(tasks.best_scale(logits, labels))
+    scale = float(best_scale(logits, labels))
     best = cross_entropy(scale * logits, labels)
     for factor in (0.9, 0.99, 1.01, 1.1):
         assert cross_entropy(factor * scale * logits, labels) > best
-    assert abs(float(tasks.best_scale(7 * logits, labels)) - scale / 7) < 1e-6
+    assert abs(float(best_scale(7 * logits, labels)) - scale / 7) < 1e-6
 
 
 def test_gradient_does_not_see_the_scale_that_is_minimised_out():
