@@ -12,13 +12,14 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from geomlib.core import conjugate_gradient
+from geomlib.core import Solution, conjugate_gradient
 from geomlib.stationary.graph import SheafGraph
 from geomlib.stationary.layer import UnstableBranchError
 from geomlib.stationary.potential import Potential
 
 __all__ = [
     "as_real",
+    "empty_solution",
     "like_state",
     "realify",
     "refined",
@@ -42,6 +43,12 @@ def as_real(psi: Tensor) -> Tensor:
 def like_state(flat: Tensor, psi: Tensor) -> Tensor:
     """Undo :func:`as_real` for a state of the dtype of `psi`."""
     return torch.view_as_complex(flat.unflatten(1, (-1, 2)).contiguous()) if psi.is_complex() else flat
+
+
+def empty_solution(psi: Tensor) -> Solution:
+    """Return what there is to say of no samples at all."""
+    none = psi.new_zeros(0, dtype=psi.dtype.to_real())
+    return Solution(psi, none, None, none.long(), none.bool(), "converged", none.view(0, 0))
 
 
 def realify(matrix: Tensor) -> Tensor:

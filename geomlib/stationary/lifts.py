@@ -72,8 +72,8 @@ class Lift:
     """
 
     target: Any
-    lift: Callable[[Tensor], Any]
-    pull: Callable[[Any], Tensor]
+    lift: Callable[[Any], Any]
+    pull: Callable[[Any], Any]
     admissible: bool
     lambda_min: float
     deficit: Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from geomlib.core import Solution, newton_descent, real_inner
 from geomlib.core.problem import conclude
-from geomlib.stationary.assembly import refined, symmetric_solve
+from geomlib.stationary.assembly import empty_solution, refined, symmetric_solve
 from geomlib.stationary.supra import SupraGraph
 
 __all__ = [
@@ -150,6 +150,8 @@ class ResidualPenalty:
             As in `solve_stationary`.
         """
         check_strength(strength)
+        if len(x) == 0:
+            return empty_solution(self.supra.zeros(0))
         psi = self.supra.zeros(len(x)) if start is None else start
 
         def direction(state: Tensor, right: Tensor, accuracy: Tensor) -> tuple[Tensor, Tensor]:

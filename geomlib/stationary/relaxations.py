@@ -17,8 +17,9 @@ from torch import Tensor
 from geomlib.core import Solution, newton_descent
 from geomlib.core.monitor import Monitor
 from geomlib.core.problem import conclude
-from geomlib.stationary.assembly import as_real, like_state, refined, symmetric_solve
+from geomlib.stationary.assembly import as_real, empty_solution, like_state, refined, symmetric_solve
 from geomlib.stationary.layer import energy
+from geomlib.stationary.lifts import Layer
 from geomlib.stationary.penalty import check_strength
 from geomlib.stationary.potential import Quartic
 from geomlib.stationary.supra import SupraGraph
@@ -58,12 +59,13 @@ class StiffCopies:
     def extended(self, strength: float) -> SupraGraph:
         """Return the supra-graph with a layer of copies before each layer but the first."""
         check_strength(strength)
-        old, new = self.supra, []
+        old = self.supra
+        new: list[tuple[Layer, Tensor, Tensor | None]] = []
         for place, layer in enumerate(old.layers):
             if place:
                 graph = old.layers[place - 1].graph
                 flat = graph.weights.new_full((graph.nodes,), 1 + 1 / strength)
-                copy = graph.replace(weights=graph.weights / strength), Quartic(flat, torch.zeros_like(flat))
+                copy = Layer(graph.replace(weights=graph.weights / strength), Quartic(flat, 0 * flat))
                 same = torch.eye(old.sizes[place - 1], dtype=old.maps[0].dtype, device=old.maps[0].device)
                 new.append((copy, same, None))
             new.append((layer, old.maps[place], old.biases[place]))
@@ -91,7 +93,6 @@ class StiffCopies:
         # The copies are linear layers, so their own states do not enter.
         return self._layers(whole, whole.adjoint(self._padded(psi), self._padded(gradient)))
 
-    @torch.no_grad()
     def perturbation(self, psi: Tensor, x: Tensor) -> Tensor:
         r"""Return $R_\ell=K_\ell A\psi_{\ell-1}$, zero for the first layer."""
         states = self.supra.split(psi)
@@ -117,7 +118,8 @@ class SymmetricEnergy:
     r"""P3: minimise $\sum_\ell\lambda^{-\ell}\Phi_\ell(\psi_\ell;\psi_{\ell-1})$, one energy for all layers.
 
     Edges between layers are symmetric now: a layer feels a reaction
-    $\lambda^{-1}K_{\ell+1}^*\psi_{\ell+1}$ of the next. Strongly convex for $\lambda>4\kappa_K^2/\mu^2$ (:func:`convexity_threshold`); at
+    $\lambda^{-1}K_{\ell+1}^*\psi_{\ell+1}$ of the next. Strongly convex for
+    $\lambda>4\kappa_K^2/\mu^2$ (:func:`convexity_threshold`); at
     $\lambda=1$ it is the plain symmetric coupling, whose minimiser is not the forward pass.
 
     Parameters
@@ -185,6 +187,8 @@ class SymmetricEnergy:
             As in `solve_stationary`.
         """
         check_strength(strength)
+        if len(x) == 0:
+            return empty_solution(self.supra.zeros(0))
         scale = self._scale(strength)
         psi = self.supra.zeros(len(x)) if start is None else start
         product = partial(self._product, strength)
@@ -218,7 +222,6 @@ class SymmetricEnergy:
         scale = self._scale(strength)
         return scale * refined(partial(self._product, strength), (psi, x), -gradient / scale)
 
-    @torch.no_grad()
     def perturbation(self, psi: Tensor, x: Tensor) -> Tensor:
         r"""Return $R_\ell=-K_{\ell+1}^*\psi_{\ell+1}$, zero for the last layer."""
         states = self.supra.split(psi)

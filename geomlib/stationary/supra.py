@@ -21,7 +21,14 @@ from torch import Tensor
 
 from geomlib.core import Solution, newton_descent, real_inner
 from geomlib.core.problem import conclude
-from geomlib.stationary.assembly import DENSE_LIMIT, as_real, like_state, realify, sparse_hessian
+from geomlib.stationary.assembly import (
+    DENSE_LIMIT,
+    as_real,
+    empty_solution,
+    like_state,
+    realify,
+    sparse_hessian,
+)
 from geomlib.stationary.layer import NewtonCG, adjoint_field, hessian_product, residual, solve_stationary
 from geomlib.stationary.lifts import Layer
 
@@ -277,6 +284,8 @@ class SupraGraph:
         max_steps, throw
             As in `solve_stationary`.
         """
+        if len(x) == 0:
+            return empty_solution(self.zeros(0))
         psi = self.zeros(len(x)) if start is None else start
 
         def direction(state: Tensor, right: Tensor, accuracy: Tensor) -> tuple[Tensor, Tensor]:
