@@ -1,8 +1,7 @@
-r"""What a dictionary has become: distances, scatter, codes in use, and which prototypes should part or join.
+r"""What a dictionary has become: distances, scatter, codes in use; where it should part, how it may start.
 
-Prototypes that share one place part when the temperature falls below four eigenvalues of the covariance of
-their own tokens (the rule of `critical_temperature`, applied inside a cluster); prototypes that have met act
-as one and can be merged without changing the function.
+arXiv 2604.01740 speaks of separation and concentration and gives no formula that could be read; those here
+are the simplest that tell coincident prototypes from spread ones, and used codes from dead ones.
 """
 
 from __future__ import annotations

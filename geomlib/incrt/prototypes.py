@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geomlib.core.precision import working_dtype
-from geomlib.incrt.dictionary import close_pairs, covariance, draw_tokens, splits
+from geomlib.incrt.dictionary import draw_tokens
 from geomlib.incrt.quantise import Mode, Quantised, check_mode, check_temperature, soft_quantise
 from geomlib.incrt.temperature import Temperature
 
@@ -52,7 +52,8 @@ class DDCLBlock(nn.Module):
         Deal the prototypes out into so many dictionaries that assign independently (see `soft_quantise`);
         with two prototypes in each, the block is a feed-forward block with sigmoid units.
     active
-        How many prototypes are switched on; the others are room to grow into. None: all, and for good.
+        How many prototypes are switched on; the others are room to grow into, see
+        `split_prototypes`. None: all, and for good.
     commitment
         Weight of the mean squared distance of the tokens from their barycentres, held fixed, in the loss.
     reservoir
@@ -185,6 +186,8 @@ class DDCLBlock(nn.Module):
             `(..., n, d)`.
         quantised : Quantised
         """
+        if z.dim() < 1 or z.shape[-1] != self.d:
+            raise ValueError(f"z must be (..., {self.d}), got shape {tuple(z.shape)}")
         if self.check_finite and not bool(torch.isfinite(z).all()):
             raise ValueError("z must be finite, got infinities or NaN: every later number would be NaN")
         T = self.temperature.update(z, mask) if self.training else self.temperature.value()
@@ -271,116 +274,9 @@ class DDCLBlock(nn.Module):
         deviation = (x - x.mean(0)).square().mean().sqrt()
         self.free.copy_(start + noise * deviation * torch.randn(self.K, self.d, generator=generator))
 
-    @torch.no_grad()
-    def split(self, z: Tensor, mask: Tensor | None = None) -> list[tuple[int, int]]:
-        """Split every prototype that would part on its own tokens at the present temperature.
-
-        The children stand a hundredth of a standard deviation to both sides, inherit the value and half of
-        the prior each, so the function changes by that hundredth only. The highest critical temperature goes
-        first, while there is room.
-
-        Parameters
-        ----------
-        z
-            Tokens `(..., d)` that the block sees.
-        mask
-            Valid tokens `(...)`, boolean.
-
-        Returns
-        -------
-        list of (int, int)
-            Prototype and the slot of its new sibling; an optimiser's state of both should be reset.
-
-        Raises
-        ------
-        ValueError
-            If the block was not built with `active`.
-
-        Examples
-        --------
-        >>> block = DDCLBlock(1, 4, active=1, temperature=1.0)
-        >>> block.split(torch.tensor([[-1.0], [1.0]]))
-        [(0, 1)]
-        """
-        self._may_change()
-        T = float(self.temperature.value())
-        quantised = soft_quantise(z, self.free, T, mask=mask, log_prior=self.log_prior)
-        found = splits(z, quantised.q, self.mode, mask)
-        usage = quantised.usage
-        # A prototype that owns less than one token has no cluster to part in.
-        number = z.numel() // self.d if mask is None else int(mask.sum())
-        parting = (found.critical > T) & self.log_prior.isfinite() & (usage * number >= 1)
-        order = found.critical.argsort(descending=True)
-        free = (~self.log_prior.isfinite()).nonzero().flatten().tolist()
-        born = []
-        for parent, slot in zip(order[parting[order]].tolist(), free, strict=False):
-            step = 0.01 * found.eigenvalue[parent].sqrt() * found.direction[parent]
-            self.free[slot] = self.free[parent] - step
-            self.free[parent] += step
-            self.log_prior[parent] -= math.log(2)
-            self.log_prior[slot] = self.log_prior[parent]
-            if self.values is not None:
-                self.values[slot] = self.values[parent]
-            born.append((parent, slot))
-        return born
-
-    @torch.no_grad()
-    def merge(self, z: Tensor, mask: Tensor | None = None, *, closer: float = 1e-3) -> list[tuple[int, int]]:
-        """Join prototypes that have met, and free the slot of the second.
-
-        Parameters
-        ----------
-        z
-            Tokens `(..., d)`, whose spread is the unit of distance.
-        mask
-            Valid tokens `(...)`, boolean.
-        closer
-            Distance in units of the root of the trace of the covariance.
-
-        Returns
-        -------
-        list of (int, int)
-            Prototype that stays and slot that is free.
-
-        Raises
-        ------
-        ValueError
-            If the block was not built with `active`.
-
-        Examples
-        --------
-        >>> block = DDCLBlock(1, 2, active=2, temperature=1.0)
-        >>> with torch.no_grad():
-        ...     _ = block.free.copy_(torch.tensor([[1.0], [1.0]]))
-        >>> block.merge(torch.tensor([[-1.0], [1.0]])), block.active
-        ([(0, 1)], 1)
-        """
-        self._may_change()
-        reach = closer * covariance(z, mask).trace().sqrt()
-        joined: list[tuple[int, int]] = []
-        gone: set[int] = set()
-        on = self.log_prior.isfinite()
-        for stays, goes in close_pairs(self.free, reach).tolist():
-            if not (on[stays] and on[goes]) or gone & {stays, goes}:
-                continue
-            prior = self.log_prior[[stays, goes]]
-            shares = prior.softmax(0)
-            self.free[stays] = shares @ self.free[[stays, goes]]
-            if self.values is not None:
-                self.values[stays] = shares @ self.values[[stays, goes]]
-            self.log_prior[stays] = prior.logsumexp(0)
-            self.log_prior[goes] = -math.inf
-            gone.add(goes)
-            joined.append((stays, goes))
-        return joined
-
     def extra_repr(self) -> str:
         """Return what the constructor was given."""
         return f"{self.d}, {self.K}, out={self.out!r}, param={self.param!r}, mode={self.mode!r}"
-
-    def _may_change(self) -> None:
-        if not self.grows:
-            raise ValueError("active must have been given to change the number of prototypes, it was not")
 
 
 def _check(
