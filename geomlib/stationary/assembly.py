@@ -6,6 +6,7 @@ What the supra-graph of arXiv 2507.20088 needs below its equations. Real coordin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,8 @@ from geomlib.stationary.potential import Potential
 __all__ = [
     "as_real",
     "empty_solution",
+    "layer_bias",
+    "layer_shape",
     "like_state",
     "realify",
     "refined",
@@ -58,8 +61,8 @@ def realify(matrix: Tensor) -> Tensor:
     --------
     >>> import torch
     >>> realify(torch.tensor([[1j]]))
-    tensor([[0., -1.],
-            [1., 0.]])
+    tensor([[ 0., -1.],
+            [ 1.,  0.]])
     """
     upper = torch.stack([matrix.real, -matrix.imag], -1)
     lower = torch.stack([matrix.imag, matrix.real], -1)
@@ -141,3 +144,30 @@ def refined(product: Callable[..., Tensor], given: tuple[Tensor, ...], right: Te
             )
         x = x + step
     return x
+
+
+def layer_shape(place: int, nodes: int, K: Tensor, columns: int | None, first: Tensor) -> tuple[int, int]:
+    """Return `(nodes, stalk)` of the layer that the map at `place` writes to, or say what does not fit."""
+    if K.dim() != 2 or (columns is not None and K.shape[1] != columns):
+        raise ValueError(
+            f"map {place} must have shape (rows, {'inputs' if columns is None else columns}), got "
+            f"{tuple(K.shape)}: it reads the layer before"
+        )
+    if nodes < 1 or not len(K) or len(K) % nodes:
+        raise ValueError(f"map {place} must have a multiple of {nodes} rows, one stalk a node, got {len(K)}")
+    if K.dtype != first.dtype or K.device != first.device:
+        raise ValueError(
+            f"maps must share dtype and device, got {K.dtype} beside {first.dtype} at map {place}"
+        )
+    if not torch.isfinite(K).all():
+        raise ValueError(f"map {place} must be finite, got NaN or infinity")
+    return nodes, len(K) // nodes
+
+
+def layer_bias(place: int, bias: Tensor | None, shape: tuple[int, int], K: Tensor) -> Tensor:
+    """Return a bias in the shape of its layer, zero if there is none."""
+    if bias is None:
+        return K.new_zeros(shape)
+    if bias.numel() != math.prod(shape):
+        raise ValueError(f"bias {place} must have shape {shape}, got {tuple(bias.shape)}")
+    return bias.to(K.dtype).reshape(shape)

@@ -24,6 +24,8 @@ from geomlib.stationary.lifts import (
     local_floor,
 )
 from geomlib.stationary.potential import Potential, Quartic, Rectifier, Tanh
+from geomlib.stationary.relaxations import SymmetricEnergy
+from geomlib.stationary.resolvent import resolvent_to_sheaf
 from geomlib.stationary.supra import SupraGraph
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "sheaf_gauge_trivialise",
     "stack_to_supra",
     "supra_to_stack",
+    "symmetric_to_sheaf",
 ]
 
 
@@ -137,6 +140,77 @@ def supra_to_stack(supra: SupraGraph) -> tuple[tuple[Layer, ...], tuple[Tensor, 
     (1, torch.Size([2, 2]))
     """
     return supra.layers, supra.maps, supra.biases
+
+
+def symmetric_to_sheaf(relaxation: SymmetricEnergy, strength: float) -> Lift:
+    r"""Read a supra-graph with symmetric feedback as a single layer on a sheaf with phases.
+
+    Parameters
+    ----------
+    relaxation
+        Its layers have stalk 1 and quartic potentials.
+    strength
+        `lambda` of the symmetric energy.
+
+    Returns
+    -------
+    Lift
+        `target` is one :class:`Layer` on all nodes, coupled by $-\lambda^{-1/2}K_\ell$ as well; `lift` scales
+        layers of states `(B, size)` to states `(B, size, 1)`, `drive` does it with inputs `(B, inputs)`.
+        Admissible if the symmetric energy is strongly convex.
+
+    Raises
+    ------
+    ValueError
+        If a stalk is not 1 or a potential is not quartic.
+
+    Notes
+    -----
+    Source: reconstructed (SGN-R7): a system with feedback is one layer if it is symmetric.
+
+    Examples
+    --------
+    >>> import torch
+    >>> node = SheafGraph.complete(1, torch.zeros(0)), Quartic(torch.ones(1), torch.zeros(1))
+    >>> supra = SupraGraph([node, node], [torch.ones(1, 1)] * 2)
+    >>> symmetric_to_sheaf(SymmetricEnergy(supra), 4.0).target.graph.dense_laplacian()
+    tensor([[ 0.5000, -0.5000],
+            [-0.5000,  0.5000]])
+    """
+    supra = relaxation.supra
+    V, kappa = [], []
+    for (_, potential), (n, d) in zip(supra.layers, supra.shapes, strict=True):
+        if d != 1 or not isinstance(potential, Quartic):
+            raise ValueError(
+                f"layers must have stalk 1 and quartic potentials, got stalk {d} and a "
+                f"{type(potential).__name__} on {n} nodes"
+            )
+        V.append(potential.V.detach())
+        kappa.append(potential.kappa.detach())
+    scale = relaxation.scale(strength)
+    rows = torch.block_diag(*(graph.dense_laplacian().detach() for graph, _ in supra.layers))
+    matrix = rows.to(supra.maps[0].dtype)
+    end = supra.sizes[0]
+    for n, before, K in zip(supra.sizes[1:], supra.sizes[:-1], supra.maps[1:], strict=True):
+        coupling = -K.detach() / strength**0.5
+        matrix[end : end + n, end - before : end] = coupling
+        matrix[end - before : end, end : end + n] = coupling.mH
+        end += n
+    local = Quartic(torch.cat(V) - 1, torch.cat(kappa) / scale**2)
+    found = resolvent_to_sheaf(matrix, local)
+
+    def drive(x: Tensor) -> Tensor:
+        return (-scale * supra.residual(supra.zeros(len(x)), x))[..., None]
+
+    return Lift(
+        target=found.target,
+        lift=lambda psi: (scale * psi)[..., None],
+        pull=lambda state: state[..., 0] / scale,
+        admissible=found.admissible,
+        lambda_min=found.lambda_min,
+        deficit=found.deficit,
+        drive=drive,
+    )
 
 
 def mlp_to_supra(

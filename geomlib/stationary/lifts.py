@@ -26,7 +26,7 @@ class Layer(NamedTuple):
     Examples
     --------
     >>> import torch
-    >>> from geomlib.stationary import Layer, Quartic, SheafGraph
+    >>> from geomlib.stationary import Quartic, SheafGraph
     >>> graph = SheafGraph(2, torch.tensor([[0], [1]]), torch.ones(1))
     >>> Layer(graph, Quartic(torch.ones(2), torch.zeros(2))).graph.nodes
     2
@@ -65,7 +65,7 @@ class Lift:
     Examples
     --------
     >>> import torch
-    >>> from geomlib.stationary import halmos
+    >>> from geomlib.stationary.dilation import halmos
     >>> found = halmos(torch.tensor([[2.0, 0.0]]))
     >>> found.pull(found.target @ found.lift(torch.tensor([3.0, 4.0])))
     tensor([6.])
@@ -118,7 +118,7 @@ class LiftedPotential(Potential):
     Examples
     --------
     >>> import torch
-    >>> from geomlib.stationary import LiftedPotential, Quartic
+    >>> from geomlib.stationary import Quartic
     >>> base = Quartic(torch.ones(2), torch.ones(2))
     >>> psi = torch.ones(1, 2, 1)
     >>> base.value(psi), LiftedPotential(base, shift=-0.5).value(psi)

@@ -85,9 +85,9 @@ class ResidualPenalty:
     >>> import torch
     >>> from geomlib.stationary import Quartic, SheafGraph
     >>> node = SheafGraph.complete(1, torch.zeros(0)), Quartic(torch.ones(1), torch.zeros(1))
-    >>> supra = SupraGraph([node], [torch.ones(1, 1, dtype=torch.float64)])
-    >>> ResidualPenalty(supra, ridge()).solve(torch.ones(1, 1), 9.0).value  # 1 / (1 + 1 / lambda)
-    tensor([[0.9000]], dtype=torch.float64)
+    >>> supra = SupraGraph([node], [torch.ones(1, 1)])
+    >>> ResidualPenalty(supra, ridge()).solve(torch.ones(1, 1), 9.0, tol=1e-6).value  # 1 / (1 + 1 / lambda)
+    tensor([[0.9000]])
     """
 
     supra: SupraGraph
@@ -249,10 +249,10 @@ def continuation(
     >>> import torch
     >>> from geomlib.stationary import Quartic, SheafGraph
     >>> node = SheafGraph.complete(1, torch.zeros(0)), Quartic(torch.ones(1), torch.zeros(1))
-    >>> supra = SupraGraph([node], [torch.ones(1, 1, dtype=torch.float64)])
-    >>> path = continuation(ResidualPenalty(supra, ridge()), torch.ones(1, 1), [1, 9, 99])
+    >>> supra = SupraGraph([node], [torch.ones(1, 1)])
+    >>> path = continuation(ResidualPenalty(supra, ridge()), torch.ones(1, 1), [1, 9, 99], tol=1e-6)
     >>> torch.cat([solution.value for solution in path]).flatten()
-    tensor([0.5000, 0.9000, 0.9900], dtype=torch.float64)
+    tensor([0.5000, 0.9000, 0.9900])
     """
     if any(later <= earlier for earlier, later in pairwise(strengths)):
         raise ValueError(f"strengths must increase, got {list(strengths)}: each solve starts at the last")
@@ -269,7 +269,7 @@ def richardson(once: Tensor, twice: Tensor) -> Tensor:
     --------
     >>> lam = 10.0
     >>> richardson(torch.tensor(1 + 1 / lam), torch.tensor(1 + 1 / (2 * lam)))
-    tensor(1.)
+    tensor(1.0000)
     """
     return 2 * twice - once
 

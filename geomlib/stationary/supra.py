@@ -9,7 +9,6 @@ $J^\top p=-\nabla\ell$. The equations of the paper's body were not readable; the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,8 @@ from geomlib.stationary.assembly import (
     DENSE_LIMIT,
     as_real,
     empty_solution,
+    layer_bias,
+    layer_shape,
     like_state,
     realify,
     sparse_hessian,
@@ -74,7 +75,7 @@ class SupraGraph:
     >>> edge = SheafGraph(2, torch.tensor([[0], [1]]), torch.ones(1))
     >>> layer = edge, Quartic(torch.ones(2), torch.zeros(2))
     >>> supra = SupraGraph([layer, layer], [torch.eye(2), torch.eye(2)])
-    >>> supra.solve(torch.tensor([[3.0, 0.0]])).value
+    >>> supra.solve(torch.tensor([[3.0, 0.0]]), tol=1e-6).value
     tensor([[2.0000, 1.0000, 1.6667, 1.3333]])
     """
 
@@ -97,13 +98,13 @@ class SupraGraph:
         self.shapes: list[tuple[int, int]] = []
         columns = None
         for place, ((graph, _), K) in enumerate(zip(self.layers, self.maps, strict=True), 1):
-            self.shapes.append(_layer_shape(place, graph.nodes, K, columns, self.maps[0]))
+            self.shapes.append(layer_shape(place, graph.nodes, K, columns, self.maps[0]))
             columns = len(K)
         self.sizes = [n * d for n, d in self.shapes]
         self.size = sum(self.sizes)
         self.inputs = self.maps[0].shape[1]
         self.biases = tuple(
-            _bias(place, b, shape, K)
+            layer_bias(place, b, shape, K)
             for place, (b, shape, K) in enumerate(zip(given, self.shapes, self.maps, strict=True), 1)
         )
 
@@ -393,28 +394,3 @@ class SupraGraph:
         if flat.shape[1] != self.inputs:
             raise ValueError(f"x must have {self.inputs} entries a sample, got {flat.shape[1]}")
         return flat.to(self.maps[0].dtype)
-
-
-def _layer_shape(place: int, nodes: int, K: Tensor, columns: int | None, first: Tensor) -> tuple[int, int]:
-    if K.dim() != 2 or (columns is not None and K.shape[1] != columns):
-        raise ValueError(
-            f"map {place} must have shape (rows, {'inputs' if columns is None else columns}), got "
-            f"{tuple(K.shape)}: it reads the layer before"
-        )
-    if nodes < 1 or not len(K) or len(K) % nodes:
-        raise ValueError(f"map {place} must have a multiple of {nodes} rows, one stalk a node, got {len(K)}")
-    if K.dtype != first.dtype or K.device != first.device:
-        raise ValueError(
-            f"maps must share dtype and device, got {K.dtype} beside {first.dtype} at map {place}"
-        )
-    if not torch.isfinite(K).all():
-        raise ValueError(f"map {place} must be finite, got NaN or infinity")
-    return nodes, len(K) // nodes
-
-
-def _bias(place: int, bias: Tensor | None, shape: tuple[int, int], K: Tensor) -> Tensor:
-    if bias is None:
-        return K.new_zeros(shape)
-    if bias.numel() != math.prod(shape):
-        raise ValueError(f"bias {place} must have shape {shape}, got {tuple(bias.shape)}")
-    return bias.to(K.dtype).reshape(shape)
