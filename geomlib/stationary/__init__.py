@@ -16,7 +16,17 @@ from geomlib.stationary.bounds import (
     weight_sensitivity,
 )
 from geomlib.stationary.branches import Branch, follow
+from geomlib.stationary.cascade import inverse_bound, monotonicity, monotonicity_bound, supra_flow
+from geomlib.stationary.covers import cover_sectors, root_split, sheaf_to_cover_u1, sheaf_to_gremban
+from geomlib.stationary.dilation import halmos, unitary_pair
+from geomlib.stationary.equivalence import (
+    mlp_to_supra,
+    sheaf_gauge_trivialise,
+    stack_to_supra,
+    supra_to_stack,
+)
 from geomlib.stationary.faces import bridge_resistance, face_clock, toric_chart
+from geomlib.stationary.field import LogDetLikelihood, fisher_information, sample_field, score
 from geomlib.stationary.geometry import (
     Tube,
     codazzi,
@@ -39,6 +49,8 @@ from geomlib.stationary.layer import (
     solve_stationary,
     stationary_layer,
 )
+from geomlib.stationary.learning import METRICS, Event, GraphHistory, learn_graph
+from geomlib.stationary.lifts import Layer, Lift, LiftedPotential
 from geomlib.stationary.natural import (
     barrier_step,
     diagonal_step,
@@ -46,7 +58,22 @@ from geomlib.stationary.natural import (
     natural_step,
     projected_gradient,
 )
+from geomlib.stationary.objectives import (
+    Objective,
+    Slope,
+    StationaryObjective,
+    best_scale,
+    transport_gradient,
+)
 from geomlib.stationary.penalties import MCP, Linear, Penalty, linearised_rounds
+from geomlib.stationary.penalty import (
+    Relaxation,
+    ResidualPenalty,
+    continuation,
+    first_order,
+    richardson,
+    ridge,
+)
 from geomlib.stationary.perturbation import (
     LipschitzChain,
     MetricStability,
@@ -57,6 +84,9 @@ from geomlib.stationary.perturbation import (
     resistance_metric,
 )
 from geomlib.stationary.potential import Local, Potential, Quartic, Rectifier, Tanh
+from geomlib.stationary.relaxations import StiffCopies, SymmetricEnergy, convexity_threshold
+from geomlib.stationary.resolvent import Resolvent, graph_to_resolvent, resolvent_to_sheaf
+from geomlib.stationary.scores import phase_error, support_f1, weight_error
 from geomlib.stationary.solvers import DissipativeFlow, DouglasRachford, ForwardBackward, NewtonCG
 from geomlib.stationary.sparse import weighted_laplacian
 from geomlib.stationary.spin import (
@@ -77,38 +107,71 @@ from geomlib.stationary.stability import (
     stability_report,
     stable_states,
 )
+from geomlib.stationary.supra import SupraGraph
+from geomlib.stationary.tasks import (
+    HiddenClusters,
+    Recovery,
+    connection_recovery,
+    hidden_clusters,
+    latent_graph_regression,
+    ring_with_chords,
+    three_spirals,
+)
 
 __all__ = [
     "MCP",
+    "METRICS",
     "Birth",
     "Branch",
     "DepthSensitivity",
     "DissipativeFlow",
     "DouglasRachford",
     "EdgeCountBound",
+    "Event",
     "ForwardBackward",
+    "GraphHistory",
+    "HiddenClusters",
+    "Layer",
+    "Lift",
+    "LiftedPotential",
     "Linear",
     "LipschitzChain",
     "Local",
+    "LogDetLikelihood",
     "MetricStability",
     "NewtonCG",
+    "Objective",
     "PacBayesBound",
     "Penalty",
     "Potential",
     "Quartic",
+    "Recovery",
     "Rectifier",
+    "Relaxation",
+    "ResidualPenalty",
+    "Resolvent",
     "SheafGraph",
+    "Slope",
     "StabilityReport",
     "StabilityWarning",
+    "StationaryObjective",
+    "StiffCopies",
+    "SupraGraph",
+    "SymmetricEnergy",
     "Tanh",
     "Tube",
     "UnstableBranchError",
     "adjoint_field",
     "barrier_step",
+    "best_scale",
     "birth",
     "bloch",
     "bridge_resistance",
     "codazzi",
+    "connection_recovery",
+    "continuation",
+    "convexity_threshold",
+    "cover_sectors",
     "dense_hessian",
     "depth_sensitivity",
     "diagonal_step",
@@ -119,11 +182,19 @@ __all__ = [
     "energy",
     "entropic_step",
     "face_clock",
+    "first_order",
+    "fisher_information",
     "follow",
+    "graph_to_resolvent",
     "green_from_resistance",
+    "halmos",
     "hessian_product",
+    "hidden_clusters",
     "inertia",
+    "inverse_bound",
     "landau_lifshitz",
+    "latent_graph_regression",
+    "learn_graph",
     "linearised_flow",
     "linearised_rounds",
     "lipschitz_chain",
@@ -131,8 +202,12 @@ __all__ = [
     "metric",
     "metric_bounds",
     "metric_stability",
+    "mlp_to_supra",
+    "monotonicity",
+    "monotonicity_bound",
     "natural_step",
     "pac_bayes_bound",
+    "phase_error",
     "polar",
     "projected_gradient",
     "real_inner",
@@ -140,7 +215,17 @@ __all__ = [
     "residual",
     "resistance_metric",
     "resistances",
+    "resolvent_to_sheaf",
+    "richardson",
+    "ridge",
+    "ring_with_chords",
     "rk4",
+    "root_split",
+    "sample_field",
+    "score",
+    "sheaf_gauge_trivialise",
+    "sheaf_to_cover_u1",
+    "sheaf_to_gremban",
     "smallest_eigenvalue",
     "solve_stationary",
     "spin_energy",
@@ -148,10 +233,18 @@ __all__ = [
     "spinor_velocity",
     "stability_report",
     "stable_states",
+    "stack_to_supra",
     "stationary_layer",
+    "support_f1",
+    "supra_flow",
+    "supra_to_stack",
+    "three_spirals",
     "toric_chart",
+    "transport_gradient",
     "tube",
+    "unitary_pair",
     "unitary_step",
+    "weight_error",
     "weight_sensitivity",
     "weighted_laplacian",
 ]

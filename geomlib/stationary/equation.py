@@ -59,7 +59,8 @@ class Equation:
             raise ValueError(f"path must be 'auto', 'dense' or 'sparse', got {path!r}")
         check_state(graph, potential, drive, "drive")
         self.unknowns = graph.nodes * drive.shape[2] * (2 if drive.is_complex() else 1)
-        self.dense = path == "dense" or (path == "auto" and self.unknowns <= DENSE)
+        couples = getattr(potential, "couples_nodes", False)
+        self.dense = path == "dense" or (path == "auto" and self.unknowns <= DENSE and not couples)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -114,11 +115,22 @@ class Equation:
     def hessian(self, psi: Tensor) -> Tensor:
         """Return `H(psi)` on real coordinates, `(B, N, N)`."""
         nodes = self.graph.nodes
+        if getattr(self.potential, "couples_nodes", False):
+            return self._columns(psi)
         local = blocks(self.potential, psi)
         size = local.shape[2]
         matrix = self.rows.expand(len(psi), -1, -1).clone().view(len(psi), nodes, size, nodes, size)
         matrix.diagonal(dim1=1, dim2=3).add_(local.permute(0, 2, 3, 1))
         return matrix.view(len(psi), self.unknowns, self.unknowns)
+
+    def _columns(self, psi: Tensor) -> Tensor:
+        """Return the Hessian of a potential that has no blocks, a product for each column."""
+        columns = []
+        for position in range(self.unknowns):
+            unit = torch.zeros_like(self.flat(psi))
+            unit[:, position] = 1.0
+            columns.append(self.flat(self.hessian_product(psi, self.shaped(unit))))
+        return torch.stack(columns, 2)
 
     def shaped(self, flat: Tensor) -> Tensor:
         """Real rows `(B, N)` as states."""

@@ -21,6 +21,8 @@ __all__ = ["SheafGraph"]
 ROUNDING = 1e-14
 # A transport is unitary up to this, or up to so many units of rounding of its dtype.
 UNITARY = 1e-8
+# Numbers on edges that a gradient over all candidates holds at once.
+CHUNK = 1 << 18
 
 
 class SheafGraph:
@@ -262,7 +264,8 @@ class SheafGraph:
         tau = self._phase
         if tau is None:
             return psi
-        return tau.conj() * psi if tau.dim() == 2 else torch.einsum("eba,neb->nea", tau.conj(), psi)
+        tau = tau.conj_physical()
+        return tau * psi if tau.dim() == 2 else torch.einsum("eba,neb->nea", tau, psi)
 
     def coboundary(self, psi: Tensor) -> Tensor:
         """Return `psi_u - tau_e psi_v` for each edge: `(B, n, d)` to `(B, M, d)`.
@@ -305,8 +308,15 @@ class SheafGraph:
         flow = self.coboundary(psi)
         return self.divergence(flow * self.weights.unsqueeze(1))
 
-    def edge_products(self, p: Tensor, psi: Tensor) -> Tensor:
+    def edge_products(self, p: Tensor, psi: Tensor, *, chunk: int | None = None) -> Tensor:
         """Return `Re <(delta p)_e, (delta psi)_e>` of each candidate, summed over the batch, `(M,)`.
+
+        Parameters
+        ----------
+        p, psi
+            `(B, n, d)`.
+        chunk
+            Edges at a time; by default so many that a few megabytes are in use.
 
         Examples
         --------
@@ -315,7 +325,20 @@ class SheafGraph:
         >>> graph.edge_products(psi, psi)
         tensor([4.])
         """
-        product = self.coboundary(p).conj() * self.coboundary(psi)
+        count = self.edges.shape[1]
+        chunk = chunk or max(1, CHUNK // max(1, psi.shape[0] * psi.shape[2]))
+        if chunk >= count:
+            return self._products(p, psi)
+        parts = []
+        for first in range(0, count, chunk):
+            part = object.__new__(SheafGraph)
+            part.edges = self.edges[:, first : first + chunk]
+            part._phase = None if self._phase is None else self._phase[first : first + chunk]
+            parts.append(part._products(p, psi))
+        return torch.cat(parts)
+
+    def _products(self, p: Tensor, psi: Tensor) -> Tensor:
+        product = self.coboundary(p).conj_physical() * self.coboundary(psi)
         return product.real.sum((0, 2)) if product.is_complex() else product.sum((0, 2))
 
     def dense_laplacian(self, stalk: int = 1) -> Tensor:
@@ -351,7 +374,7 @@ class SheafGraph:
         n = self.nodes
         matrix = block.new_zeros(n * n, stalk, stalk)
         matrix = matrix.index_add(0, first * n + second, -block)
-        matrix = matrix.index_add(0, second * n + first, -block.mH)
+        matrix = matrix.index_add(0, second * n + first, -block.mT.conj_physical())
         diagonal = torch.diag_embed(self.degrees()).view(n * n, 1, 1) * identity
         matrix = (matrix + diagonal).view(n, n, stalk, stalk)
         return matrix.transpose(1, 2).reshape(n * stalk, n * stalk)
@@ -430,7 +453,9 @@ class SheafGraph:
                 raise ValueError("transport must be finite, got infinities or NaN")
             if maps:
                 identity = torch.diag(transport.new_ones(transport.shape[1]))
-                off = float(torch.linalg.matrix_norm(transport @ transport.mH - identity).max())
+                off = float(
+                    torch.linalg.matrix_norm(transport @ transport.mT.conj_physical() - identity).max()
+                )
                 if off > max(UNITARY, 100 * torch.finfo(transport.dtype).eps):
                     raise ValueError(
                         f"transport must be unitary, got |tau tau^* - I| = {off:.1e}: take its polar factor"

@@ -43,9 +43,6 @@ __all__ = [
     "stationary_layer",
 ]
 
-# Numbers of states on edges that a gradient over candidates holds at once.
-CHUNK = 1 << 22
-
 
 def solve_stationary(
     graph: SheafGraph,

@@ -64,6 +64,8 @@ class Potential(ABC):
 
     #: Whether the gradient is differentiable everywhere; otherwise only proximity operators solve it.
     smooth: bool = True
+    #: Whether nodes act on each other, so that the Hessian has no blocks of single nodes.
+    couples_nodes: bool = False
 
     def convexity(self) -> Tensor | None:
         """Return a lower bound of all eigenvalues of all Hessians, a scalar; `None` if it is not known."""

@@ -158,7 +158,7 @@ class DissipativeFlow:
         Dissipation, positive; for real states the flow is the gradient flow `-gamma F`.
     step
         Length of a step in time; by default half of the stable `2 gamma / ((1 + gamma^2) h)`, with `h` a
-        bound of the Hessian on the states met so far.
+        bound of the Hessian at the state.
 
     Raises
     ------
@@ -210,17 +210,16 @@ class DissipativeFlow:
         """Iterate from `start`."""
         _need_smooth(equation, self)
         slope = equation.residual(start)
-        stiffest = stiffness(equation, start)
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal slope, stiffest
+            nonlocal slope
             psi = equation.shaped(x)
             turned = slope * (self.gamma + 1j) if psi.is_complex() else slope * self.gamma
             if self.step is None:
-                stiffest = torch.maximum(stiffest, stiffness(equation, psi))
-                image = psi - self._stable(stiffest)[:, None, None] * turned
+                turned = self._stable(stiffness(equation, psi))[:, None, None] * turned
             else:
-                image = psi - self.step * turned
+                turned = self.step * turned
+            image = psi - turned
             slope = equation.residual(image)
             return equation.flat(image), equation.flat(slope)
 
