@@ -116,7 +116,7 @@ class GrowthController:
     ...     vocabulary=5, d=16, dk=8, dv=4, max_heads=4, prototypes=8, outputs=5, generator=generator
     ... )
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    >>> config = GrowthConfig(theta=0.0, dwell=20, check_every=5, persistence=1, ema=0.5)
+    >>> config = GrowthConfig(theta=0.0, dwell=20, check_every=5, persistence=1)
     >>> controller = GrowthController(model, optimizer, config, generator=generator)
     >>> loss = model.structure_loss()
     >>> for step in range(60):
@@ -301,7 +301,7 @@ class GrowthController:
         structure, value = self.structure, torch.stack(self._losses).mean().to(self.structure.loss)
         value = _mean(value)
         old = structure.loss.nan_to_num(nan=float(value))
-        structure.loss.copy_(self.config.ema * old + (1 - self.config.ema) * value)
+        structure.loss.copy_(torch.lerp(value, old, self.config.inertia))
         better = ~(structure.loss > structure.best * (1 - self.config.plateau_tol))
         structure.best.copy_(torch.where(better, structure.loss, structure.best))
         structure.stale.copy_(torch.where(better, 0, structure.stale + 1))

@@ -50,7 +50,7 @@ class GrowthConfig:
         Checks whose median signal must exceed the threshold; with `motor="plateau"`, checks without a better
         loss.
     ema : float
-        Weight of the past in the running means, per check.
+        Weight of the past in the running means after one step; after a check it is `ema ** check_every`.
     gate : {"auto", "eigh", "lanczos", "online"}
         How the ends of the spectrum are found.
     block_ratio : float
@@ -157,13 +157,18 @@ class GrowthConfig:
         for name, value in whole.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}: it is counted")
-        horizon = self.check_every / (1 - self.ema)
-        if self.motor != "task" and 0 < self.dwell < horizon:
+        horizon = 1 / (1 - self.ema)
+        if self.motor != "task" and self.dwell < horizon:
             warnings.warn(
                 f"dwell {self.dwell} is shorter than the {horizon:.0f} steps that the running means "
                 "remember: a birth may answer to a signal from before the last",
                 stacklevel=3,
             )
+
+    @property
+    def inertia(self) -> float:
+        """Weight of the past in the running means after a check."""
+        return self.ema**self.check_every
 
 
 class LayerGrowth(nn.Module):
@@ -195,10 +200,10 @@ class LayerGrowth(nn.Module):
         self.motor: GradientMotor | HeadsMotor | TaskMotor
         if config.motor == "task":
             assert config.task is not None
-            self.motor = TaskMotor(config.task.to(**where), config.ema)
+            self.motor = TaskMotor(config.task.to(**where), config.inertia)
         else:
             kind = HeadsMotor if config.motor == "heads" else GradientMotor
-            self.motor = kind(d, config.ema, **where)
+            self.motor = kind(d, config.inertia, **where)
         self.gate = Gate(
             d, mode=config.gate, theta=config.theta, frac=config.frac, calibrate=config.calibrate,
             dwell=config.dwell, persistence=config.persistence, block_ratio=config.block_ratio,
