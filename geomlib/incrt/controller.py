@@ -301,7 +301,7 @@ class GrowthController:
         structure, value = self.structure, torch.stack(self._losses).mean().to(self.structure.loss)
         value = _mean(value)
         old = structure.loss.nan_to_num(nan=float(value))
-        structure.loss.copy_(torch.lerp(value, old, self.config.inertia))
+        structure.loss.copy_(torch.lerp(value, old, self.config.ema))
         better = ~(structure.loss > structure.best * (1 - self.config.plateau_tol))
         structure.best.copy_(torch.where(better, structure.loss, structure.best))
         structure.stale.copy_(torch.where(better, 0, structure.stale + 1))

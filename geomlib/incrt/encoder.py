@@ -196,8 +196,7 @@ class SelfOrganisingEncoder(nn.Module):
         self.embedding: nn.Module
         if vocabulary is not None:
             self.embedding = nn.Embedding(vocabulary, d, **where)
-            # Places have the mean square 1/2, symbols half of that: early attention is to tell places apart.
-            self.in_features, scale = None, 0.5
+            self.in_features, scale = None, 1.0
         else:
             assert in_features is not None
             self.embedding = nn.Linear(in_features, d, **where)
@@ -223,7 +222,7 @@ class SelfOrganisingEncoder(nn.Module):
         self.norm = nn.LayerNorm(d, elementwise_affine=affine, **where)
         self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         self.readout = nn.Linear(d, torch.Size(self.outputs).numel(), **where)
-        _fill(self.readout, (3 * d) ** -0.5, generator)
+        _fill(self.readout, d**-0.5, generator)
         self.register_buffer("active_layers", torch.full((), layers, device=device))
         self.register_load_state_dict_post_hook(_read_extent)
 
