@@ -24,6 +24,7 @@ from geomlib.stationary.equivalence import (
     sheaf_gauge_trivialise,
     stack_to_supra,
     supra_to_stack,
+    symmetric_to_sheaf,
 )
 from geomlib.stationary.faces import bridge_resistance, face_clock, toric_chart
 from geomlib.stationary.field import LogDetLikelihood, fisher_information, sample_field, score
@@ -58,6 +59,7 @@ from geomlib.stationary.natural import (
     natural_step,
     projected_gradient,
 )
+from geomlib.stationary.network import NetworkDiagnostics, StationaryBlock, StationaryNetwork, cayley
 from geomlib.stationary.objectives import (
     Objective,
     Slope,
@@ -139,6 +141,7 @@ __all__ = [
     "Local",
     "LogDetLikelihood",
     "MetricStability",
+    "NetworkDiagnostics",
     "NewtonCG",
     "Objective",
     "PacBayesBound",
@@ -154,6 +157,8 @@ __all__ = [
     "Slope",
     "StabilityReport",
     "StabilityWarning",
+    "StationaryBlock",
+    "StationaryNetwork",
     "StationaryObjective",
     "StiffCopies",
     "SupraGraph",
@@ -167,6 +172,7 @@ __all__ = [
     "birth",
     "bloch",
     "bridge_resistance",
+    "cayley",
     "codazzi",
     "connection_recovery",
     "continuation",
@@ -238,6 +244,7 @@ __all__ = [
     "support_f1",
     "supra_flow",
     "supra_to_stack",
+    "symmetric_to_sheaf",
     "three_spirals",
     "toric_chart",
     "transport_gradient",
