@@ -1,4 +1,4 @@
-r"""Dictionaries that grow and shrink: prototypes part where their tokens are too broad, and join where they met.
+r"""Dictionaries that grow and shrink: prototypes part where tokens are too broad, and join where they met.
 
 A prototype parts when the temperature falls below four eigenvalues (two in `em` mode) of the covariance of
 its own tokens: the critical temperature of the whole, applied to a part. Whether arXiv 2604.01880 lets
