@@ -28,7 +28,7 @@ from geomlib.incrt.dictionary import (
     splits,
     used_codes,
 )
-from geomlib.incrt.encoder import EncoderLayer, EncoderOutput, SelfOrganisingEncoder, compact
+from geomlib.incrt.encoder import SelfOrganisingEncoder, compact
 from geomlib.incrt.energy import (
     concentration,
     critical_temperature,
@@ -40,6 +40,7 @@ from geomlib.incrt.energy import (
 from geomlib.incrt.gate import Gate
 from geomlib.incrt.growth import GrowthConfig
 from geomlib.incrt.homeostasis import Homeostasis, StructuralEvent, homeostasis
+from geomlib.incrt.layer import EncoderLayer, EncoderOutput
 from geomlib.incrt.motor import GradientMotor, HeadsMotor, MotorStatistics, TaskMotor, motor_statistics
 from geomlib.incrt.operator import (
     Factors,
@@ -55,6 +56,7 @@ from geomlib.incrt.prototypes import DDCLBlock
 from geomlib.incrt.pruning import PruneReport, directional_energy, output_bounds, prune_report, regrow_bound
 from geomlib.incrt.quantise import Mode, Quantised, soft_quantise
 from geomlib.incrt.spectrum import Extremes, extreme_eigenpairs, fix_sign, lanczos_extremes, orthonormalise
+from geomlib.incrt.splitting import merge_prototypes, split_prototypes
 from geomlib.incrt.tasks import (
     CopyData,
     SentimentData,
@@ -118,6 +120,7 @@ __all__ = [
     "implicit_force",
     "lanczos_extremes",
     "mca_step",
+    "merge_prototypes",
     "motor_statistics",
     "multi_offset_copy",
     "oja_step",
@@ -135,6 +138,7 @@ __all__ = [
     "separation",
     "slot_state",
     "soft_quantise",
+    "split_prototypes",
     "splits",
     "sym",
     "threshold_floor",

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geomlib.incrt.attention import DirectionalAttention
-from geomlib.incrt.encoder import EncoderLayer, SelfOrganisingEncoder
+from geomlib.incrt.encoder import SelfOrganisingEncoder
 from geomlib.incrt.growth import GrowthConfig, LayerGrowth, Structure, attach, listen
+from geomlib.incrt.layer import EncoderLayer
 from geomlib.incrt.motor import GradientMotor, HeadsMotor, MotorStatistics, motor_statistics
 from geomlib.incrt.operator import residual_operator
 from geomlib.incrt.optimiser import SlotClock

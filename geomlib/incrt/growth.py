@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from geomlib.core.precision import working_dtype
-from geomlib.incrt.encoder import EncoderLayer, SelfOrganisingEncoder
+from geomlib.incrt.encoder import SelfOrganisingEncoder
 from geomlib.incrt.gate import Gate, Mode
+from geomlib.incrt.layer import EncoderLayer
 from geomlib.incrt.motor import GradientMotor, HeadsMotor, TaskMotor
 from geomlib.incrt.optimiser import SETTLED, Remedy
 from geomlib.incrt.pruning import regrow_bound
@@ -298,8 +299,9 @@ def listen(model: SelfOrganisingEncoder) -> None:
 def _loaded(model: nn.Module, _keys: object) -> None:
     # No method of the controller, since a copy of the model must not hold the controller.
     assert isinstance(model, SelfOrganisingEncoder)
-    structure = model.structure
-    assert isinstance(structure, Structure)
+    structure = getattr(model, "structure", None)
+    if not isinstance(structure, Structure):
+        return  # a compact copy
     structure.t = int(structure.steps)
     structure.version += 1
     listen(model)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geomlib.core.precision import full_precision, working_dtype
 from geomlib.incrt.attention import DirectionalAttention
-from geomlib.incrt.encoder import EncoderLayer
+from geomlib.incrt.layer import EncoderLayer
 from geomlib.incrt.operator import check_pair, sym
 
 __all__ = ["PruneReport", "directional_energy", "output_bounds", "prune_report", "regrow_bound"]
