@@ -81,6 +81,16 @@ class Equation:
         return max(0.0, float(bound))
 
     @cached_property
+    def plain(self) -> bool:
+        """Whether nothing is turned on the way and nothing recorded, so that one sparse matrix is all."""
+        return self.graph.transport is None and not self.graph.weights.requires_grad
+
+    @cached_property
+    def compressed(self) -> Tensor | None:
+        """The Laplacian of a plain graph as a sparse matrix `(n, n)`, where the device has them."""
+        return self.graph.compressed()
+
+    @cached_property
     def matrix(self) -> Tensor:
         """The Laplacian `(n d, n d)`."""
         return self.graph.dense_laplacian(self.drive.shape[2])
@@ -94,7 +104,7 @@ class Equation:
     def laplacian(self, psi: Tensor) -> Tensor:
         """Return `L psi`, `(B, n, d)`."""
         if not self.dense:
-            return self.graph.laplacian(psi)
+            return self.graph.prepared(psi, self.compressed) if self.plain else self.graph.laplacian(psi)
         if psi.is_complex() and not self.matrix.is_complex():
             rows = torch.view_as_real(psi).flatten(2)  # (B, n, 2 d): a real L acts on both parts alike
             return torch.view_as_complex((rows.flatten(1) @ self.rows).view(*psi.shape, 2))

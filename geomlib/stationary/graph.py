@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomlib.stationary.sparse import EdgeIndex, weighted_laplacian
+from geomlib.stationary.sparse import EdgeIndex, edge_dots, laplacian_product, weighted_laplacian
 
 __all__ = ["SheafGraph"]
 
@@ -308,6 +308,28 @@ class SheafGraph:
         flow = self.coboundary(psi)
         return self.divergence(flow * self.weights.unsqueeze(1))
 
+    def compressed(self) -> Tensor | None:
+        """Return the Laplacian without its connection as a sparse matrix, or `None` where there are none.
+
+        Examples
+        --------
+        >>> SheafGraph(2, torch.tensor([[0], [1]]), torch.ones(1)).compressed().to_dense()
+        tensor([[ 1., -1.],
+                [-1.,  1.]])
+        """
+        return self._index.matrix(self.weights) if self._index.compressed else None
+
+    def prepared(self, psi: Tensor, matrix: Tensor | None) -> Tensor:
+        """Return `L psi` of a plain graph without history, by the matrix of :meth:`compressed`.
+
+        Examples
+        --------
+        >>> graph = SheafGraph(2, torch.tensor([[0], [1]]), torch.ones(1))
+        >>> graph.prepared(torch.tensor([[[3.0], [1.0]]]), graph.compressed()).flatten()
+        tensor([ 2., -2.])
+        """
+        return laplacian_product(psi, self.weights, self._index, matrix)
+
     def edge_products(self, p: Tensor, psi: Tensor, *, chunk: int | None = None) -> Tensor:
         """Return `Re <(delta p)_e, (delta psi)_e>` of each candidate, summed over the batch, `(M,)`.
 
@@ -325,6 +347,8 @@ class SheafGraph:
         >>> graph.edge_products(psi, psi)
         tensor([4.])
         """
+        if self.transport is None and chunk is None:
+            return edge_dots(p, psi, self._index)
         count = self.edges.shape[1]
         chunk = chunk or max(1, CHUNK // max(1, psi.shape[0] * psi.shape[2]))
         if chunk >= count:

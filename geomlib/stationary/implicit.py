@@ -185,11 +185,20 @@ def _pull(
     layer: _Layer, p: Tensor, psi: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """`<p, dF / d tensor>` for each tensor that is wanted."""
+    recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [_alias(tensor, want) for tensor, want in zip(tensors, wanted, strict=True)]
         graph, potential, drive = layer.parts(aliases)
-        image = graph.laplacian(psi) + potential.gradient(psi) - drive
-    return _gradients(image, aliases, wanted, p)
+        if recorded:
+            return _gradients(graph.laplacian(psi) + potential.gradient(psi) - drive, aliases, wanted, p)
+        # Weights and drive have formulas; what is left is automatic.
+        turned = graph.transport is not None and graph.transport.requires_grad
+        image = potential.gradient(psi) + graph.laplacian(psi) if turned else potential.gradient(psi)
+    rest = _gradients(image, aliases[1:-1], wanted[1:-1], p)
+    weights = (
+        layer.graph.with_tensors(tensors[0], graph.transport).edge_products(p, psi) if wanted[0] else None
+    )
+    return weights, *rest, -p if wanted[-1] else None
 
 
 def _alias(tensor: Tensor, want: bool) -> Tensor:
@@ -203,7 +212,7 @@ def _gradients(
     image: Tensor, aliases: Sequence[Tensor], wanted: Sequence[bool], cotangent: Tensor
 ) -> tuple[Tensor | None, ...]:
     targets = [alias for alias, want in zip(aliases, wanted, strict=True) if want]
-    if not image.requires_grad:
+    if not targets or not image.requires_grad:
         return (None,) * len(wanted)
     found = iter(
         torch.autograd.grad(

@@ -84,7 +84,7 @@ def test_a_branch_is_followed_to_its_fold(kappa, drive):
     assert abs(branch.fold - exact) < 1e-8
     assert (branch.residual <= 1e-12).all()
     assert (branch.lambda_min > 0).all()
-    # Stable means lambda_min = V + 3 kappa r^2 > 0, so the branch stays below -sqrt(-V / 3 kappa) all the way.
+    # lambda_min = V + 3 kappa r^2 > 0: the branch stays below -sqrt(-V / 3 kappa) all the way.
     r = branch.states.flatten()
     assert (r < -(-branch.values / (3 * kappa)).sqrt()).all()
 
