@@ -250,9 +250,14 @@ class HeadsMotor(_Motor):
     ) -> None:
         super().__init__(d, ema, device, dtype)
 
-    @torch.no_grad()
     def update(self, xh: Tensor, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch `xh (B, n, d)` and the factors `(H, d, dk)` of the present heads."""
+        if self.training:
+            self.absorb(motor_statistics(None, xh, mask, dtype=self.S.dtype), queries, keys)
+
+    @torch.no_grad()
+    def absorb(self, statistics: MotorStatistics, queries: Tensor, keys: Tensor) -> None:
+        """Take in sums that were added over micro-batches or processes, and the factors `(H, d, dk)`."""
         if not self.training:
             return
         if queries.shape != keys.shape or queries.dim() != 3 or queries.shape[1] != self.d:
@@ -260,7 +265,7 @@ class HeadsMotor(_Motor):
                 f"queries and keys must both be (heads, {self.d}, dk), got {tuple(queries.shape)} and "
                 f"{tuple(keys.shape)}"
             )
-        _, gram, tokens = motor_statistics(None, xh, mask, dtype=self.S.dtype)
+        _, gram, tokens = statistics
         usable = gram.isfinite().all() & (tokens > 0)
         Ma = antisym(Factors(queries, keys).dense()).to(self.Ma.dtype)
         self._absorb(gram / tokens.clamp_min(1), self.Ma, usable)
@@ -304,9 +309,14 @@ class TaskMotor(_Motor):
 
     def update(self, xh: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch `xh (B, n, d)`."""
+        if self.training:
+            self.absorb(motor_statistics(None, xh, mask, dtype=self.S.dtype))
+
+    def absorb(self, statistics: MotorStatistics) -> None:
+        """Take in sums that were added over micro-batches or processes."""
         if not self.training:
             return
-        _, gram, tokens = motor_statistics(None, xh, mask, dtype=self.S.dtype)
+        _, gram, tokens = statistics
         self._absorb(gram / tokens.clamp_min(1), self.Ma, gram.isfinite().all() & (tokens > 0))
 
 

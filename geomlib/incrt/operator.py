@@ -82,14 +82,21 @@ class Factors(NamedTuple):
     queries: Tensor
     keys: Tensor
 
+    def side_by_side(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of all heads beside each other, `(d, H dk)` each, so that a sum is one product."""
+        d, dk = self.queries.shape[-2:]
+        stacked = (part.reshape(-1, d, dk).transpose(0, 1).reshape(d, -1) for part in self)
+        return next(stacked), next(stacked)
+
     def dense(self) -> Tensor:
         """Return `M (d, d)`, the sum over heads."""
-        return (self.queries @ self.keys.mT).reshape(-1, *[self.queries.shape[-2]] * 2).sum(0)
+        queries, keys = self.side_by_side()
+        return queries @ keys.mT
 
     def apply_antisym(self, v: Tensor) -> Tensor:
         """Return `M_a v` of columns `v (d, k)` in `O(H d dk k)`."""
-        forth, back = self.queries @ (self.keys.mT @ v), self.keys @ (self.queries.mT @ v)
-        return ((forth - back) / 2).reshape(-1, *v.shape).sum(0)
+        queries, keys = self.side_by_side()
+        return (queries @ (keys.mT @ v) - keys @ (queries.mT @ v)) / 2
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """Return the Frobenius norms of `M` and `M_a` of each head, through `dk x dk` matrices alone."""

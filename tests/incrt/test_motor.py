@@ -235,6 +235,19 @@ def test_heads_motor_is_the_directed_part_of_the_sum_of_heads(generator):
     torch.testing.assert_close(motor.Ma, antisym(Factors(queries[:1], keys[:1]).dense()))
 
 
+def test_heads_and_task_motors_take_sums_over_parts(generator):
+    queries, keys = torch.randn(2, 3, 4, 2, generator=generator)
+    xh = torch.randn(3, 5, 4, generator=generator)
+    parts = motor_statistics(None, xh[:1]).combine(motor_statistics(None, xh[1:]))
+    whole, heads, task = HeadsMotor(4), HeadsMotor(4), TaskMotor(antisym(queries[0] @ keys[0].T))
+    whole.update(xh, queries, keys)
+    heads.absorb(parts, queries, keys)
+    task.absorb(parts)
+    torch.testing.assert_close(heads.S, whole.S)
+    torch.testing.assert_close(heads.Ma, whole.Ma)
+    torch.testing.assert_close(task.S, whole.S)
+
+
 def test_heads_motor_grows_with_the_heads_though_nothing_asks_for_them(generator):
     """The signal of more random heads is larger: what drives growth is fed by it."""
     xh = torch.randn(8, 30, 16, generator=generator) * torch.linspace(0.5, 2, 16)
