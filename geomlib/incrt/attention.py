@@ -19,14 +19,21 @@ __all__ = ["DirectionalAttention"]
 
 
 class Extent:
-    """How many slots are active.
+    """How many slots are active, as a number and as the length of an empty tensor.
 
-    An integer that stands on a plain object and not on the module: `torch.compile` makes it symbolic when it
-    changes, while an integer of a module is a constant of the graph, compiled anew at every birth.
+    `torch.compile` makes the length of a tensor symbolic once it has changed, while an integer that belongs to a
+    module is a constant of the graph, which would be compiled anew at every birth. Lengths 0 and 1 are always
+    constants, hence two more rows than active slots.
     """
 
     def __init__(self, active: int) -> None:
+        self.loads = 0  # state dicts taken in, so that what is derived from one can be renewed
+        self.set(active)
+
+    def set(self, active: int) -> None:
+        """Change the number."""
         self.active = active
+        self.rows = torch.empty(active + 2, 0)
 
 
 class DirectionalAttention(nn.Module):
@@ -175,14 +182,14 @@ class DirectionalAttention(nn.Module):
             If the shapes do not fit.
         """
         self._check(x, mask)
-        heads = self.max_heads if self.slots == "mask" else self._extent.active
+        heads = self.max_heads if self.slots == "mask" else self._extent.rows.shape[0] - 2
         mixed = self._mix(x, mask, heads)
         W_out = self.W_out[:heads]
         if self.slots == "mask":
             W_out = W_out * (self.births >= 0).to(W_out.dtype)[:, None, None]
         out = mixed.transpose(1, 2).flatten(2) @ W_out.flatten(0, 1)
         if self.aggregate == "mean":
-            out = out / self._extent.active
+            out = out / (self._extent.rows.shape[0] - 2)
         if mask is not None:
             out = out * mask.unsqueeze(-1)
         if self.recording and self.training and out.requires_grad:
@@ -330,7 +337,7 @@ class DirectionalAttention(nn.Module):
         return last
 
     def _set_active(self, active: int) -> None:
-        self._extent.active = active
+        self._extent.set(active)
         self.active_heads.fill_(active)
 
     def _direction(self, name: str, vector: Tensor) -> Tensor:
@@ -379,7 +386,8 @@ class Recorded:
 
 def _read_extent(module: nn.Module, _keys: object) -> None:
     assert isinstance(module, DirectionalAttention)
-    module._extent.active = int(module.active_heads)
+    module._extent.set(int(module.active_heads))
+    module._extent.loads += 1
 
 
 def check_sizes(d: int, dk: int, dv: int, max_heads: int, heads: int) -> None:

@@ -411,7 +411,8 @@ class GrowthController:
         motor, config = growth.motor, self.config
         if config.motor in ("grad", "plateau"):
             energy = directional_energy(motor.S, attention.W_Q.detach(), attention.W_K.detach())
-            return energy < config.phi_g * energy.quantile(0.5)
+            ordered, heads = energy.sort().values, attention.active
+            return energy < config.phi_g * (ordered[(heads - 1) // 2] + ordered[heads // 2]) / 2
         columns = growth.columns[: attention.active]
         A = residual_operator(motor.S, motor.Ma)
         q = growth.gate.held[:, columns.clamp_min(0)]
@@ -446,16 +447,10 @@ class GrowthController:
         """Take up counters that were set or loaded."""
         self._version = self.structure.version
         self.generator.set_state(self.structure.random.cpu())
-        for clock in self.clocks:
-            clock.read()
-        self._prepare()
 
     def _prepare(self) -> None:
         self._losses = []
         listen(self.model)
-        first = self.structure.t + 1 == self.config.prototypes_at
-        for layer in self.model.active():
-            layer.keep_tokens = first
 
     def _layers(self) -> list[EncoderLayer]:
         return list(self.model.layers)  # type: ignore[arg-type]

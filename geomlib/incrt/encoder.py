@@ -292,7 +292,7 @@ class SelfOrganisingEncoder(nn.Module):
         for name, parameter in last.named_parameters():
             if name in ("weight", "values", "2.weight", "2.bias"):
                 parameter.zero_()
-        self._extent.active = index + 1
+        self._extent.set(index + 1)
         self.active_layers.fill_(index + 1)
         return index
 
@@ -386,7 +386,7 @@ def _perceptron(
 
 def _read_extent(module: nn.Module, _keys: object) -> None:
     assert isinstance(module, SelfOrganisingEncoder)
-    module._extent.active = int(module.active_layers)
+    module._extent.set(int(module.active_layers))
 
 
 def _check(

@@ -246,8 +246,10 @@ class Structure(nn.Module):
         `()`: running loss and its best value since the last event; NaN before the first.
     stale : Tensor
         `()` int64: checks without a better one.
-    t, check_every, version
-        Mirrors for the host: steps, the rhythm of the checks, and how often a state dict was loaded.
+    t, version
+        For the host: steps, and how often a state dict was loaded.
+    check_every, prototypes_at
+        As configured.
     """
 
     steps: Tensor
@@ -255,10 +257,12 @@ class Structure(nn.Module):
     loss: Tensor
     best: Tensor
     stale: Tensor
+    prototypes_at: int | None
 
-    def __init__(self, check_every: int, random: Tensor, device: torch.device) -> None:
+    def __init__(self, random: Tensor, device: torch.device) -> None:
         super().__init__()
-        self.t, self.check_every, self.version = 0, check_every, 0
+        self.t, self.version = 0, 0
+        self.check_every, self.prototypes_at = 1, None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("random", random.to(device))
         self.register_buffer("loss", torch.full((), math.nan, device=device))
@@ -278,11 +282,11 @@ def attach(model: SelfOrganisingEncoder, config: GrowthConfig, generator: torch.
             layer.growth = LayerGrowth(layer, config, generator)
     if not hasattr(model, "structure"):
         device = next(model.parameters()).device
-        model.structure = Structure(config.check_every, generator.get_state(), device)
+        model.structure = Structure(generator.get_state(), device)
         model.register_load_state_dict_post_hook(_loaded)
     structure = model.structure
     assert isinstance(structure, Structure)
-    structure.check_every = config.check_every
+    structure.check_every, structure.prototypes_at = config.check_every, config.prototypes_at
     listen(model)
     return structure
 
@@ -294,6 +298,7 @@ def listen(model: SelfOrganisingEncoder) -> None:
     for layer in model.active():
         layer.attention.recording = structure.due(ahead=1)
         layer.attention.recorded.clear()
+        layer.keep_tokens = structure.t + 1 == structure.prototypes_at
 
 
 def _loaded(model: nn.Module, _keys: object) -> None:

@@ -111,6 +111,7 @@ class SlotClock:
 
     def read(self) -> None:
         """Take the ages from the buffer, for example after a state dict was loaded."""
+        self._loads = self.layer._extent.loads
         ages = self.ages.tolist()
         self.young = {slot: age for slot, age in enumerate(ages) if age < SETTLED}
 
@@ -143,6 +144,8 @@ class SlotClock:
             self.young[slot] = age
 
     def _remember(self, *_: Any) -> None:
+        if self._loads != self.layer._extent.loads:
+            self.read()
         into, out = (parameter.detach() for parameter in self.parameters)
         self._before = [(slot, into[slot].clone(), out[slot].clone()) for slot in self.young]
 
