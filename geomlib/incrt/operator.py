@@ -83,7 +83,7 @@ class Factors(NamedTuple):
     keys: Tensor
 
     def side_by_side(self) -> tuple[Tensor, Tensor]:
-        """Return the factors of all heads beside each other, `(d, H dk)` each, so that a sum is one product."""
+        """Return the factors of all heads beside each other, `(d, H dk)` each: a sum is then one product."""
         d, dk = self.queries.shape[-2:]
         stacked = (part.reshape(-1, d, dk).transpose(0, 1).reshape(d, -1) for part in self)
         return next(stacked), next(stacked)
