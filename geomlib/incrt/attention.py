@@ -21,9 +21,9 @@ __all__ = ["DirectionalAttention"]
 class Extent:
     """How many slots are active, as a number and as the length of an empty tensor.
 
-    `torch.compile` makes the length of a tensor symbolic once it has changed, while an integer that belongs to a
-    module is a constant of the graph, which would be compiled anew at every birth. Lengths 0 and 1 are always
-    constants, hence two more rows than active slots.
+    `torch.compile` makes the length of a tensor symbolic once it has changed, while an integer that belongs
+    to a module is a constant of the graph, which would be compiled anew at every birth. Lengths 0 and 1 are
+    always constants, hence two more rows than active slots.
     """
 
     def __init__(self, active: int) -> None:

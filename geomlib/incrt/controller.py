@@ -161,6 +161,8 @@ class GrowthController:
         self.history: list[Reading] = []
         self._losses: list[Tensor] = []
         self._version = -1
+        if _several():
+            dist.broadcast(self.structure.random, 0)
         self._resume()
 
     # The public face.
