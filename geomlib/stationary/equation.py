@@ -8,6 +8,7 @@ complex-linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal
 
@@ -61,6 +62,7 @@ class Equation:
         self.unknowns = graph.nodes * drive.shape[2] * (2 if drive.is_complex() else 1)
         couples = getattr(potential, "couples_nodes", False)
         self.dense = path == "dense" or (path == "auto" and self.unknowns <= DENSE and not couples)
+        self.drive = self.by_nodes(drive)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -121,6 +123,21 @@ class Equation:
     def hessian_product(self, psi: Tensor, x: Tensor) -> Tensor:
         """Return `H(psi) x`, `(B, n, d)`."""
         return self.laplacian(x) + self.potential.hessian_product(psi, x)
+
+    def linearised(self, psi: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Return `x -> H(psi) x` and the inverse of the mean diagonal of each node, `(B, n, 1)`."""
+        psi = self.by_nodes(psi)
+        local, curvature = linearise(self.potential, psi)
+        diagonal = (self.graph.degrees() + curvature).unsqueeze(2)
+        # Where it is not positive the Hessian is not either, and any positive number will do.
+        inverse = torch.where(diagonal > 0, diagonal, 1.0).reciprocal()
+        return lambda x: local(x, self.laplacian(x)), inverse
+
+    def by_nodes(self, psi: Tensor) -> Tensor:
+        """Return the same states in the order of memory that products with the sparse matrix want."""
+        if self.dense or not self.plain or len(psi) < 2:
+            return psi
+        return psi.transpose(0, 1).contiguous().transpose(0, 1)
 
     def hessian(self, psi: Tensor) -> Tensor:
         """Return `H(psi)` on real coordinates, `(B, N, N)`."""
@@ -288,6 +305,22 @@ def blocks(potential: Potential, psi: Tensor) -> Tensor:
     tensor([[[[13.]]]])
     """
     return potential.blocks(psi) if hasattr(potential, "blocks") else Potential.blocks(potential, psi)
+
+
+def linearise(potential: Potential, psi: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+    """Return `(x, y) -> y + U''(psi) x` of any potential, and its mean diagonal at each node, `(B, n)`.
+
+    Examples
+    --------
+    >>> from geomlib.stationary.potential import Quartic
+    >>> one = torch.ones(1, 1, 1)
+    >>> add, curvature = linearise(Quartic(torch.ones(1), torch.ones(1)), 2 * one)
+    >>> add(one, one), curvature
+    (tensor([[[14.]]]), tensor([[13.]]))
+    """
+    if hasattr(potential, "linearise"):
+        return potential.linearise(psi)
+    return Potential.linearise(potential, psi)
 
 
 def realified(matrix: Tensor) -> Tensor:

@@ -59,8 +59,13 @@ def hessian_solve(
     (tensor([[[0.2500]]]), tensor([False]), tensor([False]))
     """
     if not equation.dense:
+        product, inverse_diagonal = equation.linearised(psi)
         x, info = conjugate_gradient(
-            lambda v: equation.hessian_product(psi, v), right, tol=accuracy, max_steps=max_steps
+            product,
+            equation.by_nodes(right),
+            tol=accuracy,
+            max_steps=max_steps,
+            precondition=lambda v: inverse_diagonal * v,
         )
         return x, info.negative, ~info.converged & ~info.negative
     chunk = max(1, ENTRIES // equation.unknowns**2)

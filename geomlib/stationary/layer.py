@@ -284,14 +284,14 @@ def _solve(
     if len(drive) == 0:
         empty = drive.new_zeros(0, dtype=drive.dtype.to_real())
         return Solution(drive.clone(), empty, None, empty.long(), empty.bool(), "converged", empty.view(0, 0))
-    begin = _default_start(equation) if start is None else start.detach().contiguous()
+    begin = _default_start(equation) if start is None else equation.by_nodes(start.detach())
     value, monitor = solver.run(equation, begin, tol, max_steps)
     return _conclude(equation, value, monitor, tol, throw)
 
 
 def _default_start(equation: Equation) -> Tensor:
     """One forward-backward step from zero: every node settles with its neighbours at zero."""
-    zero = torch.zeros_like(equation.drive, memory_format=torch.contiguous_format)
+    zero = torch.zeros_like(equation.drive)
     if not equation.convex:
         return zero
     t = 1 / max(float(equation.graph.degrees().mean()), equation.monotonicity)

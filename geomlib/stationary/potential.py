@@ -71,6 +71,14 @@ class Potential(ABC):
         """Return a lower bound of all eigenvalues of all Hessians, a scalar; `None` if it is not known."""
         return None
 
+    def linearise(self, psi: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """Return `(x, y) -> y + U''(psi) x`, and the mean diagonal of the Hessian at each node, `(B, n)`."""
+        if self.couples_nodes:
+            return lambda x, y: y + self.hessian_product(psi, x), psi.new_ones((), dtype=psi.dtype.to_real())
+        ones = torch.ones_like(psi) * (1 + 1j) if psi.is_complex() else torch.ones_like(psi)
+        diagonal = _inner(ones, self.hessian_product(psi, ones)) / _square(ones)
+        return lambda x, y: y + self.hessian_product(psi, x), diagonal
+
     def blocks(self, psi: Tensor) -> Tensor:
         """Return the Hessian of each node as a real matrix `(B, n, r, r)`, `r` real components of a node."""
         columns = []
@@ -150,6 +158,16 @@ class Quartic(Potential):
         along = _inner(psi, x)
         scale = self.V + self.kappa * _square(psi)
         return scale.unsqueeze(2) * x + (2 * self.kappa * along).unsqueeze(2) * psi
+
+    def linearise(self, psi: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """Return `(x, y) -> y + U''(psi) x`, and the mean diagonal of the Hessian at each node, `(B, n)`."""
+        square = self.kappa * _square(psi)
+        scale, size = self.V + square, psi.shape[2] * (2 if psi.is_complex() else 1)
+        if size == 1:
+            whole = (scale + 2 * square).unsqueeze(2)
+            return lambda x, y: torch.addcmul(y, whole, x), whole.squeeze(2)
+        factor, column = (2 * self.kappa).unsqueeze(1) * psi, scale.unsqueeze(2)
+        return lambda x, y: y + column * x + _inner(psi, x).unsqueeze(2) * factor, scale + 2 * square / size
 
     def prox(self, q: Tensor, t: float) -> Tensor:
         """Return `z` with `z + t grad U(z) = q`, for `t V > -1`."""
@@ -363,9 +381,17 @@ def _states(rows: Tensor, like: Tensor) -> Tensor:
 
 def _square(psi: Tensor) -> Tensor:
     """`|psi_v|^2`, `(B, n)`."""
-    return _components(psi).square().sum(2)
+    return _sum(_components(psi).square())
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """`Re <a_v, b_v>`, `(B, n)`."""
-    return (_components(a) * _components(b)).sum(2)
+    return _sum(_components(a) * _components(b))
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """Sum over the components of each node, in the order of memory that the rows have."""
+    if rows.shape[2] == 1:
+        return rows.squeeze(2)
+    by_nodes = rows.stride(0) < rows.stride(1)
+    return rows.transpose(0, 1).sum(2).transpose(0, 1) if by_nodes else rows.sum(2)
