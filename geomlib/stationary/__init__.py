@@ -90,7 +90,7 @@ from geomlib.stationary.relaxations import StiffCopies, SymmetricEnergy, convexi
 from geomlib.stationary.resolvent import Resolvent, graph_to_resolvent, resolvent_to_sheaf
 from geomlib.stationary.scores import phase_error, support_f1, weight_error
 from geomlib.stationary.solvers import DissipativeFlow, DouglasRachford, ForwardBackward, NewtonCG
-from geomlib.stationary.sparse import weighted_laplacian
+from geomlib.stationary.sparse import edge_dots, laplacian_product, weighted_laplacian
 from geomlib.stationary.spin import (
     bloch,
     effective_field,
@@ -183,6 +183,7 @@ __all__ = [
     "diagonal_step",
     "distortion",
     "edge_count_bound",
+    "edge_dots",
     "edge_gradient",
     "effective_field",
     "energy",
@@ -199,6 +200,7 @@ __all__ = [
     "inertia",
     "inverse_bound",
     "landau_lifshitz",
+    "laplacian_product",
     "latent_graph_regression",
     "learn_graph",
     "linearised_flow",

@@ -125,7 +125,7 @@ class Equation:
         return self.laplacian(x) + self.potential.hessian_product(psi, x)
 
     def linearised(self, psi: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """Return `x -> H(psi) x` and the inverse of the mean diagonal of each node, `(B, n, 1)`."""
+        """Return `x -> H(psi) x` and the inverse of a typical diagonal entry of each node, `(B, n, 1)`."""
         psi = self.by_nodes(psi)
         local, curvature = linearise(self.potential, psi)
         diagonal = (self.graph.degrees() + curvature).unsqueeze(2)
@@ -308,7 +308,7 @@ def blocks(potential: Potential, psi: Tensor) -> Tensor:
 
 
 def linearise(potential: Potential, psi: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
-    """Return `(x, y) -> y + U''(psi) x` of any potential, and its mean diagonal at each node, `(B, n)`.
+    """Return `(x, y) -> y + U''(psi) x` of any potential, and a typical curvature of each node, `(B, n)`.
 
     Examples
     --------

@@ -72,9 +72,9 @@ class Potential(ABC):
         return None
 
     def linearise(self, psi: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
-        """Return `(x, y) -> y + U''(psi) x`, and the mean diagonal of the Hessian at each node, `(B, n)`."""
+        """Return `(x, y) -> y + U''(psi) x`, and a typical curvature of each node, `(B, n)`."""
         if self.couples_nodes:
-            return lambda x, y: y + self.hessian_product(psi, x), psi.new_ones((), dtype=psi.dtype.to_real())
+            return lambda x, y: y + self.hessian_product(psi, x), torch.ones_like(_square(psi))
         ones = torch.ones_like(psi) * (1 + 1j) if psi.is_complex() else torch.ones_like(psi)
         diagonal = _inner(ones, self.hessian_product(psi, ones)) / _square(ones)
         return lambda x, y: y + self.hessian_product(psi, x), diagonal

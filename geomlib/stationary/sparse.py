@@ -8,7 +8,8 @@ edges are gathered and scattered.
 
 from __future__ import annotations
 
-from functools import cached_property
+import warnings
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ class EdgeIndex:
     def compressed(self) -> bool:
         """Whether compressed sparse matrices work where the edges are."""
         kind = self.edges.device.type
-        return kind == "cuda" or (kind == "cpu" and torch.backends.mkl.is_available())
+        works = kind == "cuda" or (kind == "cpu" and torch.backends.mkl.is_available())
+        if works:
+            _quieten()
+        return works
 
     @cached_property
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +214,14 @@ def _compress(rows: Tensor, columns: Tensor, nodes: int) -> tuple[Tensor, Tensor
     starts[1:] = torch.bincount(rows, minlength=nodes).cumsum(0)
     # MKL works with 32-bit indices and would convert at every product.
     return starts.to(torch.int32), columns.to(torch.int32)
+
+
+@cache
+def _quieten() -> None:
+    """Let torch say once, to nobody, that compressed sparse matrices are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _sparse(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 1)
 
 
 def _sparse(starts: Tensor, columns: Tensor, values: Tensor, nodes: int) -> Tensor:
