@@ -6,7 +6,7 @@ operator that counts them, its gate and its motors are here as well, for theory 
 """
 
 from geomlib.incrt.attention import DirectionalAttention
-from geomlib.incrt.controller import Event, GrowthController, Reading
+from geomlib.incrt.controller import GrowthController
 from geomlib.incrt.counts import (
     Greedy,
     HeadCount,
@@ -37,6 +37,7 @@ from geomlib.incrt.energy import (
     implicit_force,
     rival_weights,
 )
+from geomlib.incrt.events import Event, Reading
 from geomlib.incrt.gate import Gate
 from geomlib.incrt.growth import GrowthConfig
 from geomlib.incrt.homeostasis import Homeostasis, StructuralEvent, homeostasis

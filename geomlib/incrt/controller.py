@@ -8,8 +8,7 @@ both in one check, and never the last head. All that it remembers stands in buff
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,62 +16,20 @@ from torch import Tensor, nn
 
 from geomlib.incrt.attention import DirectionalAttention
 from geomlib.incrt.encoder import SelfOrganisingEncoder
+from geomlib.incrt.events import Event, Reading
 from geomlib.incrt.growth import GrowthConfig, LayerGrowth, Structure, attach, listen
 from geomlib.incrt.layer import EncoderLayer
-from geomlib.incrt.motor import GradientMotor, HeadsMotor, MotorStatistics, motor_statistics
+from geomlib.incrt.motor import GradientMotor, HeadsMotor, motor_statistics
 from geomlib.incrt.operator import residual_operator
 from geomlib.incrt.optimiser import SlotClock
+from geomlib.incrt.processes import mean_over, reduced, several, share
 from geomlib.incrt.prototypes import DDCLBlock
 from geomlib.incrt.pruning import directional_energy
 
-__all__ = ["Event", "GrowthController", "Reading"]
+__all__ = ["GrowthController"]
 
 WITNESSES = 512
 """Tokens on which the outputs of heads are measured."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a layer.
-
-    Attributes
-    ----------
-    kind
-        A head was born or pruned.
-    step, layer, head
-        When, where, and in which slot.
-    signal, threshold
-        Of the gate at that time.
-    """
-
-    kind: Literal["grow", "prune"]
-    step: int
-    layer: int
-    head: int
-    signal: float
-    threshold: float
-
-
-class Reading(NamedTuple):
-    """What a check saw in a layer.
-
-    Attributes
-    ----------
-    step, layer
-        When and where.
-    signal
-        Largest eigenvalue of the residual operator; with `motor="plateau"`, checks without a better loss.
-    threshold
-        What it must exceed, NaN before it is known.
-    active
-        Heads, after the check.
-    """
-
-    step: int
-    layer: int
-    signal: float
-    threshold: float
-    active: int
 
 
 class GrowthController:
@@ -161,7 +118,7 @@ class GrowthController:
         self.history: list[Reading] = []
         self._losses: list[Tensor] = []
         self._version = -1
-        if _several():
+        if several():
             dist.broadcast(self.structure.random, 0)
         self._resume()
 
@@ -285,7 +242,7 @@ class GrowthController:
         total = found[0]
         for part in found[1:]:
             total = total.combine(part)
-        total = _reduced(total)
+        total = reduced(total)
         if isinstance(motor, GradientMotor):
             motor.absorb(total)
             return
@@ -302,7 +259,7 @@ class GrowthController:
                 raise ValueError("the loss must be watched: wrap it with GrowthController.watch")
             return
         structure, value = self.structure, torch.stack(self._losses).mean().to(self.structure.loss)
-        value = _mean(value)
+        value = mean_over(value)
         old = structure.loss.nan_to_num(nan=float(value))
         structure.loss.copy_(torch.lerp(value, old, self.config.ema))
         better = ~(structure.loss > structure.best * (1 - self.config.plateau_tol))
@@ -354,7 +311,7 @@ class GrowthController:
         self.structure.random.copy_(self.generator.get_state())
         growth.give(slot, column, t)
         self.clocks[index].reset(slot)
-        _share(layer)
+        share(layer)
         return self._note(Event("grow", t, index, slot, signal, threshold))
 
     def _prunable(
@@ -384,7 +341,7 @@ class GrowthController:
         else:
             growth.gate.last_event.fill_(t)
         self.clocks[index].move(last, head)
-        _share(layer)
+        share(layer)
         return self._note(Event("prune", t, index, head, signal, threshold))
 
     def _weak(
@@ -403,7 +360,7 @@ class GrowthController:
         x, mask = x[:rows], None if mask is None else mask[:rows]
         with torch.no_grad():
             lengths = attention.head_outputs(x, mask).norm(dim=-1).mean((0, 2))  # (H,)
-            outputs = _mean((lengths / x.norm(dim=-1).mean().clamp_min(1e-12)).float())
+            outputs = mean_over((lengths / x.norm(dim=-1).mean().clamp_min(1e-12)).float())
         quiet = idle & (outputs < self.config.eps_out)
         growth.weak[:heads] = torch.where(quiet, growth.weak[:heads] + 1, 0)
         return outputs
@@ -439,7 +396,7 @@ class GrowthController:
         for layer in self.model.active():
             if isinstance(layer.feed_forward, DDCLBlock) and layer.tokens is not None:
                 layer.feed_forward.initialise_from(layer.tokens, generator=self.generator)
-                _share(layer)
+                share(layer)
             layer.tokens = None
         self.structure.random.copy_(self.generator.get_state())
 
@@ -466,35 +423,3 @@ def _growth(layer: EncoderLayer) -> LayerGrowth:
     growth = layer.growth
     assert isinstance(growth, LayerGrowth)
     return growth
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _mean(value: Tensor) -> Tensor:
-    """Mean over processes."""
-    if _several():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
-
-
-def _reduced(found: MotorStatistics) -> MotorStatistics:
-    """Statistics of the batch of all processes, whose loss is the mean of theirs."""
-    if not _several():
-        return found
-    packed = torch.cat(
-        [(found.G / dist.get_world_size()).flatten(), found.gram.flatten(), found.tokens[None]]
-    )
-    dist.all_reduce(packed)
-    d = len(found.G)
-    return MotorStatistics(packed[: d * d].view(d, d), packed[d * d : -1].view(d, d), packed[-1])
-
-
-@torch.no_grad()
-def _share(layer: EncoderLayer) -> None:
-    """Take over from the first process what was drawn at random, and all else that an event touched."""
-    if _several():
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            dist.broadcast(tensor.detach(), 0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geomlib.incrt.attention import DirectionalAttention, Extent
-from geomlib.incrt.layer import EncoderLayer, EncoderOutput
+from geomlib.incrt.layer import EncoderLayer, EncoderOutput, fill, perceptron, sinusoids
 from geomlib.incrt.prototypes import DDCLBlock
 
 __all__ = ["SelfOrganisingEncoder", "compact"]
@@ -127,7 +127,7 @@ class SelfOrganisingEncoder(nn.Module):
             assert in_features is not None
             self.embedding = nn.Linear(in_features, d, **where)
             self.in_features, scale = in_features, in_features**-0.5
-        _fill(self.embedding, scale, generator)
+        fill(self.embedding, scale, generator)
 
         def layer() -> EncoderLayer:
             attention = DirectionalAttention(
@@ -140,7 +140,7 @@ class SelfOrganisingEncoder(nn.Module):
                 options = copy.deepcopy(dict(dictionary or {}))
                 block = DDCLBlock(d, prototypes, generator=generator, **options, **where)
             else:
-                block = _perceptron(d, 4 * d if hidden is None else hidden, generator, where)
+                block = perceptron(d, 4 * d if hidden is None else hidden, generator, where)
             return EncoderLayer(attention, block, affine=affine, **where)
 
         self.layers = nn.ModuleList(layer() for _ in range(max_layers))
@@ -148,7 +148,7 @@ class SelfOrganisingEncoder(nn.Module):
         self.norm = nn.LayerNorm(d, elementwise_affine=affine, **where)
         self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         self.readout = nn.Linear(d, torch.Size(self.outputs).numel(), **where)
-        _fill(self.readout, d**-0.5, generator)
+        fill(self.readout, d**-0.5, generator)
         self.register_buffer("active_layers", torch.full((), layers, device=device))
         self.register_load_state_dict_post_hook(_read_extent)
 
@@ -348,40 +348,12 @@ def compact(model: SelfOrganisingEncoder) -> SelfOrganisingEncoder:
     return small.eval()
 
 
-def sinusoids(stream: Tensor) -> Tensor:
-    """Return sines and cosines of the positions `(n, d)`, wave lengths from `2 pi` to `20000 pi`."""
-    n, d = stream.shape[-2:]
-    dtype = torch.promote_types(stream.dtype, torch.float32)
-    rate = torch.arange(0, d, 2, device=stream.device, dtype=dtype) / -d
-    phase = torch.arange(n, device=stream.device, dtype=dtype)[:, None] * 10000.0**rate
-    return torch.stack([phase.sin(), phase.cos()], -1).flatten(1)[:, :d].to(stream.dtype)
-
-
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
 
 def _masked_mean(stream: Tensor, mask: Tensor) -> Tensor:
     return (stream * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, scale: float, generator: torch.Generator | None) -> None:
-    """Draw the weight on the CPU, so that every device starts alike; biases are zero."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        else:
-            parameter.copy_(torch.empty(parameter.shape).normal_(std=scale, generator=generator))
-
-
-def _perceptron(
-    d: int, hidden: int, generator: torch.Generator | None, where: Mapping[str, Any]
-) -> nn.Sequential:
-    first, second = nn.Linear(d, hidden, **where), nn.Linear(hidden, d, **where)
-    _fill(first, d**-0.5, generator)
-    _fill(second, hidden**-0.5, generator)
-    return nn.Sequential(first, nn.GELU(), second)
 
 
 def _read_extent(module: nn.Module, _keys: object) -> None:

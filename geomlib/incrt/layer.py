@@ -2,6 +2,7 @@ r"""One layer of the encoder: attention and a feed-forward block, each behind a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -86,3 +87,32 @@ class EncoderLayer(nn.Module):
     def _keep(self, z: Tensor, mask: Tensor | None) -> None:
         """Keep what the feed-forward block sees, so that prototypes can be set to tokens."""
         self.tokens = z.detach().flatten(0, 1) if mask is None else z.detach()[mask]
+
+
+def sinusoids(stream: Tensor) -> Tensor:
+    """Return sines and cosines of the positions `(n, d)`, wave lengths from `2 pi` to `20000 pi`."""
+    n, d = stream.shape[-2:]
+    dtype = torch.promote_types(stream.dtype, torch.float32)
+    rate = torch.arange(0, d, 2, device=stream.device, dtype=dtype) / -d
+    phase = torch.arange(n, device=stream.device, dtype=dtype)[:, None] * 10000.0**rate
+    return torch.stack([phase.sin(), phase.cos()], -1).flatten(1)[:, :d].to(stream.dtype)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, scale: float, generator: torch.Generator | None) -> None:
+    """Draw the weight on the CPU, so that every device starts alike; biases are zero."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.copy_(torch.empty(parameter.shape).normal_(std=scale, generator=generator))
+
+
+def perceptron(
+    d: int, hidden: int, generator: torch.Generator | None, where: Mapping[str, Any]
+) -> nn.Sequential:
+    """Return the usual feed-forward block with one hidden layer."""
+    first, second = nn.Linear(d, hidden, **where), nn.Linear(hidden, d, **where)
+    fill(first, d**-0.5, generator)
+    fill(second, hidden**-0.5, generator)
+    return nn.Sequential(first, nn.GELU(), second)
