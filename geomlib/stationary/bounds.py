@@ -298,7 +298,7 @@ def pac_bayes_bound(
     Returns
     -------
     PacBayesBound
-        For a loss in `[0, 1]`.
+        For a loss in `[0, 1]` and weights of edges in `[r, W - r]`; see the notes for the rest.
 
     Raises
     ------
@@ -308,8 +308,9 @@ def pac_bayes_bound(
     Notes
     -----
     Source: known technique (McAllester 1999, with the constant of Maurer 2004); the prior is reconstructed.
-    Weights nearer than `r` to an end of `[0, W]` have their box shifted inside, which moves it by at most
-    `r`: then the blur is twice as large, `4 Lambda r`. The bound is uniform in the count of edges.
+    The posterior is a box of half side `r` around the weights of the edges, so the bound is for weights in
+    `[r, W - r]`. Nearer to an end the box has to be shifted inside, by at most `r`; a bound for all of
+    `[0, W]` is therefore `gap + blur`. It is uniform in the count of edges.
 
     Examples
     --------
