@@ -207,14 +207,6 @@ class LiftedPotential(Potential):
         diagonal = self.shift if self.shift.dim() == 1 else torch.linalg.eigvalsh(self.shift)
         return self.scale * base + diagonal.detach().min()
 
-    def linearise(self, psi: Tensor) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
-        """Return `(x, y) -> y + U''(psi) x` and a diagonal to precondition with, `(B, n)`."""
-        if not self.couples_nodes:
-            return super().linearise(psi)
-        # One number serves: the degrees of a cover dominate its diagonal.
-        ones = torch.ones(psi.shape[:2], dtype=psi.dtype.to_real(), device=psi.device)
-        return lambda x, y: y + self.hessian_product(psi, x), ones
-
     def blocks(self, psi: Tensor) -> Tensor:
         """Return the Hessian of each node; there is none if nodes are coupled."""
         if self.couples_nodes:
