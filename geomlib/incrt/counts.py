@@ -147,7 +147,7 @@ def greedy_directions(
     Raises
     ------
     ValueError
-        If `A` is not square or `theta` or `noise` is negative.
+        If `A` is not square or not finite, or `theta` or `noise` is negative.
 
     Notes
     -----
@@ -160,7 +160,7 @@ def greedy_directions(
     >>> greedy_directions(A, 2.0).captured
     tensor([5., 3.])
     """
-    check_square(A, "A")
+    _check_operator(A)
     if not theta >= 0:
         raise ValueError(
             f"theta must be at least 0, got {theta}: the zeros of captured directions would count"
@@ -227,7 +227,7 @@ def head_count_bounds(A: Tensor, theta: float | Tensor) -> HeadCount:
     Raises
     ------
     ValueError
-        If `A` is not square or a threshold is not positive.
+        If `A` is not square or not finite, or a threshold is not positive.
 
     Notes
     -----
@@ -243,7 +243,7 @@ def head_count_bounds(A: Tensor, theta: float | Tensor) -> HeadCount:
     >>> bounds.count, bounds.kyfan.round(decimals=2)
     (tensor(2), tensor(4.6700))
     """
-    check_square(A, "A")
+    _check_operator(A)
     thresholds = torch.as_tensor(theta, dtype=A.dtype, device=A.device)
     if not bool((thresholds > 0).all()):
         raise ValueError(f"theta must be positive, got {thresholds.min().item()}: the bounds divide by it")
@@ -261,3 +261,12 @@ def head_count_bounds(A: Tensor, theta: float | Tensor) -> HeadCount:
         torch.where(growth > 0, 1 + rank * growth, 0.0),
         rank,
     )
+
+
+def _check_operator(A: Tensor) -> None:
+    """Refuse what has no spectrum."""
+    check_square(A, "A")
+    if A.dim() != 2:
+        raise ValueError(f"A must be one matrix, got shape {tuple(A.shape)}: each has its own count")
+    if not bool(A.isfinite().all()):
+        raise ValueError("A must be finite: the spectrum of a NaN is none")

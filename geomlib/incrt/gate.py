@@ -47,7 +47,8 @@ class Gate(nn.Module):
     dwell
         Steps that must pass between events, so that directions and motor settle.
     persistence
-        Checks whose median must exceed the threshold, so that one noisy batch adds no head.
+        Checks whose median must exceed the threshold, so that one noisy batch adds no head. Fewer count
+        while fewer were made since the last event, so the dwell should be longer than that.
     block_ratio
         Directions whose eigenvalue is at least this share of the largest grow together; 1 grows one at a
         time.
@@ -75,9 +76,9 @@ class Gate(nn.Module):
     -----
     Source: arXiv 2604.10703 and the author's public code for the rule. Reconstructed: the fixed dwell, the
     median, the floor of the threshold at rounding level, blocks at a ratio. The second condition of the
-    code, that the bottom eigenvalue lie below a positive number, is always true (a traceless operator with
-    something captured has a negative one) and is left out. In evaluation mode `observe` measures and
-    remembers nothing.
+    code, that the bottom eigenvalue lie below a positive number, is left out: the bottom of a traceless
+    operator is not above zero, nor of what is left of it if the captured quotients are positive in sum. In
+    evaluation mode `observe` measures and remembers nothing.
 
     Examples
     --------
@@ -166,6 +167,9 @@ class Gate(nn.Module):
         if not bool(S.isfinite().all() & Ma.isfinite().all()):
             raise ValueError("S and Ma must be finite: the spectrum of a NaN is none")
         Q = self.directions
+        if Q.shape[1] == self.d:  # nothing is left, not even a vector to start from
+            nothing = S.new_zeros(())
+            return Extremes(nothing, nothing, self.trackers[0], self.trackers[1], nothing)
         if self.mode == "online":
             return self._online(residual_operator(S, Ma, Q))
         start = _project(self.trackers.sum(0) + 0.1 * self.start, Q)
@@ -197,7 +201,8 @@ class Gate(nn.Module):
         first, last = self.calibrate
         if bool(self.theta < 0):
             known = int(self.calibrated)
-            if first <= step <= last or (step > last and not known):
+            due = first <= step <= last and known < len(self.calibration)  # a step may come twice
+            if due or (step > last and not known):
                 self.calibration[known] = found.top
                 self.calibrated += 1
                 known += 1

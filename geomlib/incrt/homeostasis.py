@@ -91,7 +91,7 @@ def homeostasis(
     Raises
     ------
     ValueError
-        If a threshold is out of range, or the operators are none or of different widths.
+        If a threshold is out of range, or the operators are none, not finite, or of different widths.
 
     Notes
     -----
@@ -122,9 +122,13 @@ def homeostasis(
     previous: Tensor | None = None
     for step, A in enumerate(operators):
         check_square(A, "operators")
+        if not bool(A.isfinite().all()):
+            raise ValueError(f"operators must be finite, got a NaN or an infinity at step {step}")
         if previous is not None:
             if previous.shape != A.shape:
-                raise ValueError(f"operators must have one shape, got {previous.shape} and {A.shape}")
+                raise ValueError(
+                    f"operators must have one shape, got {tuple(previous.shape)} and {tuple(A.shape)}"
+                )
             drift = max(drift, float(torch.linalg.matrix_norm(A - previous, 2)))
         previous = A
         Q = A.new_zeros(len(A), 0) if Q is None else Q

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geomlib.incrt.spectrum import check_square
+from geomlib.incrt.spectrum import check_directions, check_square
 
 __all__ = [
     "Factors",
@@ -123,7 +123,7 @@ def asymmetry_index(M: Tensor | Factors) -> Tensor:
     Raises
     ------
     ValueError
-        If a matrix is not square or not floating.
+        If a matrix is not square or not floating, or factors are not of one shape.
 
     Notes
     -----
@@ -139,6 +139,7 @@ def asymmetry_index(M: Tensor | Factors) -> Tensor:
     True
     """
     if isinstance(M, Factors):
+        _check_factors(M)
         whole, part = M.norms()
     else:
         part = torch.linalg.matrix_norm(antisym(M))
@@ -184,6 +185,8 @@ def residual_operator(S: Tensor, Ma: Tensor, Q: Tensor | None = None) -> Tensor:
     tensor(0.)
     """
     check_pair(S, Ma)
+    if Q is not None:
+        check_directions(Q, S.shape[-1])
     product = S @ Ma
     A = (product + product.mT) / 2  # (S M_a)^T = -M_a S
     if Q is not None:
@@ -226,8 +229,13 @@ def residual_matvec(S: Tensor, Ma: Tensor | Factors, Q: Tensor | None, v: Tensor
     >>> residual_matvec(S, Ma, None, torch.tensor([1.0, 0.0]))
     tensor([0., 2.])
     """
-    if not isinstance(Ma, Factors):
+    if isinstance(Ma, Factors):
+        check_square(S, "S")
+        _check_factors(Ma, S.shape[-1])
+    else:
         check_pair(S, Ma)
+    if Q is not None:
+        check_directions(Q, S.shape[-1])
     if v.dim() not in (1, 2) or v.shape[0] != S.shape[-1]:
         raise ValueError(f"v must have shape (d,) or (d, k) with d = {S.shape[-1]}, got {tuple(v.shape)}")
     columns = v.unsqueeze(-1) if v.dim() == 1 else v
@@ -283,3 +291,14 @@ def check_pair(S: Tensor, Ma: Tensor) -> None:
     check_square(Ma, "Ma")
     if S.shape[-1] != Ma.shape[-1]:
         raise ValueError(f"S and Ma must have one width, got {S.shape[-1]} and {Ma.shape[-1]}")
+
+
+def _check_factors(M: Factors, d: int | None = None) -> None:
+    """Refuse factors of two shapes, or of another width than `d`."""
+    queries, keys = M
+    if queries.dim() < 2 or queries.shape != keys.shape:
+        raise ValueError(
+            f"queries and keys must both be (heads, d, dk), got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    if d is not None and queries.shape[-2] != d:
+        raise ValueError(f"queries and keys must have the width {d} of S, got {queries.shape[-2]}")

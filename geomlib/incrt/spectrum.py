@@ -100,7 +100,7 @@ def orthonormalise(vectors: Tensor, Q: Tensor | None = None) -> Tensor:
     columns = vectors.unsqueeze(-1) if vectors.dim() == 1 else vectors
     d, k = columns.shape
     known = columns.new_zeros(d, 0) if Q is None else Q
-    _check_directions(known, d)
+    check_directions(known, d)
     if known.shape[1] + k > d:
         raise ValueError(
             f"vectors must leave at most d = {d} directions, got {known.shape[1]} + {k}: "
@@ -233,6 +233,7 @@ def check_square(M: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be floating, got {M.dtype}: eigenvalues are no integers")
 
 
-def _check_directions(Q: Tensor, d: int) -> None:
+def check_directions(Q: Tensor, d: int) -> None:
+    """Refuse what are no columns of length `d`, or more of them than there are dimensions."""
     if Q.dim() != 2 or Q.shape[0] != d or Q.shape[1] > d:
         raise ValueError(f"Q must hold at most {d} columns of length {d}, got shape {tuple(Q.shape)}")

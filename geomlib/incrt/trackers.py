@@ -42,9 +42,10 @@ def oja_step(u: Tensor, A: Tensor | Apply, eta: float | Tensor) -> Tensor:
 
     Notes
     -----
-    Source: Oja 1982, averaged over the data. Converges from almost every start iff `eta (lambda_max -
-    lambda_min) < 2` (INCRT-16): relative to the top, the component of eigenvalue `lambda` is multiplied by
-    `1 - eta (lambda_max - lambda)` near the end. `eta = 1 / |A|` in the Frobenius norm always does.
+    Source: Oja 1982, averaged over the data. Converges from almost every start if `eta (lambda_max -
+    lambda_min) < 2`, and the top repels if that is above 2 (INCRT-16): relative to the top, the component
+    of eigenvalue `lambda` is multiplied by `1 - eta (lambda_max - lambda)` near the end. `eta = 1 / |A|` in
+    the Frobenius norm is always small enough.
 
     Examples
     --------
@@ -118,12 +119,12 @@ def normalise(u: Tensor) -> Tensor:
 
 def _image(u: Tensor, A: Tensor | Apply, eta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return `A u` and the Rayleigh quotients `(..., 1)`."""
+    if not isinstance(eta, Tensor) and not eta > 0:
+        raise ValueError(f"eta must be positive, got {eta}: the step would go the other way")
     if isinstance(A, Tensor):
         if A.dim() != 2 or A.shape[0] != A.shape[1] or A.shape[0] != u.shape[-1]:
             raise ValueError(f"A must be square of width {u.shape[-1]}, got {tuple(A.shape)}")
         image = (u.unsqueeze(0) @ A).squeeze(0)
     else:
         image = A(u)
-    if not isinstance(eta, Tensor) and not eta > 0:
-        raise ValueError(f"eta must be positive, got {eta}: the step would go the other way")
     return image, (u * image).sum(-1, keepdim=True)

@@ -191,6 +191,14 @@ def test_threshold_is_a_share_of_the_median_of_the_calibration():
     assert gate.ready(8)
 
 
+def test_calibration_takes_a_step_that_comes_twice():
+    gate = Gate(20, frac=0.5, calibrate=(2, 4))
+    S, Ma = planted_operator([3.0], 20)
+    for step in (2, 2, 3, 3, 3, 4):
+        gate.observe(step, S, Ma)
+    assert gate.threshold() == pytest.approx(1.5, rel=1e-5)
+
+
 def test_calibration_that_saw_nothing_takes_the_first_signal_after_it():
     gate = Gate(20, frac=0.5, calibrate=(2, 6))
     gate.observe(10, *planted_operator([4.0], 20))
@@ -236,11 +244,13 @@ def test_isotropic_tokens_never_grow_a_head(frac, generator):
     assert 0 <= float(gate.theta) < gate.threshold()
 
 
-def test_gate_refuses_a_direction_when_none_is_left():
-    gate = Gate(3, theta=0.0, dwell=0, persistence=1)
+@pytest.mark.parametrize("mode", ["eigh", "lanczos", "online"])
+def test_gate_refuses_a_direction_when_none_is_left(mode):
+    gate = Gate(3, mode=mode, theta=0.0, dwell=0, persistence=1)
     S, Ma = planted_operator([1.0], 3)
     gate.capture(torch.eye(3), 0)
-    gate.observe(1, S, Ma)
+    assert gate.observe(1, S, Ma).top == 0
+    assert all(value.isfinite().all() for value in gate.state_dict().values())
     assert not gate.ready(1)
     with pytest.raises(ValueError, match="the space is full"):
         gate.capture(torch.ones(3), 1)

@@ -90,6 +90,7 @@ def test_process_follows_the_device(device):
         (lambda: homeostasis([torch.eye(2)], 1.0, 1.0), "phi must be below theta = 1.0, got 1.0"),
         (lambda: homeostasis([torch.eye(2)], 0.0, -1.0), "theta must be positive, got 0.0"),
         (lambda: homeostasis([torch.eye(2), torch.eye(3)], 1.0, 0.5), "operators must have one shape"),
+        (lambda: homeostasis([torch.eye(2) * torch.nan], 1.0, 0.5), "operators must be finite"),
     ],
 )
 def test_arguments_out_of_range_are_refused(call, message):

@@ -242,6 +242,27 @@ def test_inexact_directions_may_take_more_heads_but_stay_below_the_trace_bound(g
     assert max(counts) > 10
 
 
+def test_trace_bound_is_reached_by_directions_of_equal_quotients():
+    """Ten directions above 2.79 where only four eigenvalues are: Jacobi turns level the diagonal."""
+    A = planted()
+    Q = torch.linalg.eigh(A).eigenvectors[:, -10:]
+    for k in range(9):  # turn column k towards a larger or a smaller one until its quotient is the mean
+        quotients = ((A @ Q) * Q).sum(0)
+        other = (
+            k + 1 + int(quotients[k + 1 :].argmax() if quotients[k] < 2.8 else quotients[k + 1 :].argmin())
+        )
+        pair = Q[:, [k, other]]
+        values, turn = torch.linalg.eigh(pair.mT @ A @ pair)
+        share = (2.8 - values[0]) / (values[1] - values[0])
+        level = torch.stack([(1 - share).sqrt(), share.sqrt()])
+        Q[:, [k, other]] = pair @ turn @ torch.stack([level, torch.stack([level[1], -level[0]])], 1)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(10, dtype=torch.float64))
+    quotients, bounds = ((A @ Q) * Q).sum(0), head_count_bounds(A, 2.79)
+    torch.testing.assert_close(quotients, torch.full_like(quotients, 2.8))
+    assert bounds.count == 4
+    assert 10 < bounds.kyfan < 10.04  # all ten are above the threshold, and an eleventh may not be
+
+
 def test_no_fewer_directions_than_eigenvalues_above_the_threshold_suffice(generator):
     """Random directions, and the hard case: all but one of the best, turned by a little or by much."""
     A = planted()
@@ -360,6 +381,19 @@ def test_operator_follows_the_device_and_dtype_of_its_inputs(device):
         (lambda: sym(torch.ones(2, 2, dtype=torch.int64)), "M must be floating"),
         (lambda: residual_operator(torch.eye(2), torch.eye(3)), "one width, got 2 and 3"),
         (lambda: residual_matvec(torch.eye(2), torch.eye(2), None, torch.ones(3)), "v must have shape"),
+        (lambda: residual_operator(torch.eye(2), torch.eye(2), torch.ones(3, 1)), "columns of length 2"),
+        (
+            lambda: residual_matvec(torch.eye(2), torch.eye(2), torch.ones(3, 1), torch.ones(2)),
+            "columns of length 2",
+        ),
+        (
+            lambda: residual_matvec(torch.eye(2), Factors(*torch.ones(2, 3, 1)), None, torch.ones(2)),
+            "must have the width 2 of S, got 3",
+        ),
+        (lambda: asymmetry_index(Factors(torch.ones(3, 1), torch.ones(3, 2))), "must both be"),
+        (lambda: greedy_directions(torch.full((2, 2), math.nan), 1.0), "A must be finite"),
+        (lambda: head_count_bounds(torch.full((2, 2), math.nan), 1.0), "A must be finite"),
+        (lambda: head_count_bounds(torch.ones(3, 2, 2), 1.0), "A must be one matrix"),
         (lambda: planted_operator([1.0, 2.0], 3), "1 ... 1 values for d = 3"),
         (lambda: planted_operator([1.0], 4, gap=0.0), "gap positive, got gap 0.0"),
         (lambda: planted_operator([math.nan], 4), "lambdas must be finite"),
