@@ -298,7 +298,8 @@ def _check_factors(M: Factors, d: int | None = None) -> None:
     queries, keys = M
     if queries.dim() < 2 or queries.shape != keys.shape:
         raise ValueError(
-            f"queries and keys must both be (heads, d, dk), got {tuple(queries.shape)} and {tuple(keys.shape)}"
+            f"queries and keys must both be (heads, d, dk), got {tuple(queries.shape)} and "
+            f"{tuple(keys.shape)}"
         )
     if d is not None and queries.shape[-2] != d:
         raise ValueError(f"queries and keys must have the width {d} of S, got {queries.shape[-2]}")
