@@ -2,7 +2,8 @@ r"""The DDCL block: a dictionary of prototypes in the place of the feed-forward 
 
 `y = softmax(-D / T) U`: assignments of arXiv 2604.01740 times values. With `out="barycentre"` the values are
 the prototypes themselves behind a linear map, with `out="value"` they are free, which is the key-value memory
-that a feed-forward block is said to be. The dictionary has a loss of its own, the soft quantisation loss.
+that a feed-forward block is said to be; with `out="gated"` each value is scaled by the fit of its prototype.
+The dictionary has a loss of its own, the soft quantisation loss.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from geomlib.incrt.temperature import Temperature
 
 __all__ = ["DDCLBlock"]
 
-Out = Literal["barycentre", "value"]
+Out = Literal["barycentre", "value", "gated"]
 Param = Literal["primal", "dual"]
 Start = Literal["tokens", "spread", "mean"]
 
@@ -37,7 +38,9 @@ class DDCLBlock(nn.Module):
         Number of prototypes.
     out
         `"barycentre"`: `y = (q P) W`, with `W` `(d, d)` that starts at a tenth of the identity. `"value"`:
-        `y = q U`, with a free value `(d,)` for each prototype.
+        `y = q U`, with a free value `(d,)` for each prototype. `"gated"`: `y = (q m) U`, with `m` the match
+        (see `Quantised`) over the root of `d`: the output grows with the token, as that of an MLP block
+        does, and is not held in the hull of the values.
     param
         `"primal"`: prototypes are free. `"dual"`: they are mixtures of a reservoir of tokens, `softmax(M) R`,
         and stay in its convex hull.
@@ -209,7 +212,10 @@ class DDCLBlock(nn.Module):
         else:
             assert self.values is not None
             values = self.values
-        return quantised.q.to(values.dtype) @ values, quantised
+        shares = quantised.q
+        if self.out == "gated":
+            shares = shares * quantised.match * (1 / math.sqrt(self.d))
+        return shares.to(values.dtype) @ values, quantised
 
     @torch.no_grad()
     def initialise_from(

@@ -43,6 +43,10 @@ class Quantised:
         Soft quantisation loss `()`: mean over tokens (and groups) of `sum_k q_k D_k`.
     tokens, prototypes, centre
         `(N, d)`, `(K, d)`, `(d,)`: what the assignments were computed from, relative to the centre.
+    scores
+        `(|x|^2 - D_k) / T` of these tokens `(N, K)`, what the softmax was taken of.
+    T
+        Temperature `()`.
     weights
         `(N,)`: share of each token in every mean, or None if all are valid.
     groups
@@ -56,6 +60,8 @@ class Quantised:
     tokens: Tensor = field(repr=False)
     prototypes: Tensor = field(repr=False)
     centre: Tensor = field(repr=False)
+    scores: Tensor = field(repr=False)
+    T: Tensor = field(repr=False)
     weights: Tensor | None = field(repr=False)
     groups: int = 1
     mode: Mode = "full"
@@ -75,6 +81,16 @@ class Quantised:
         rows = self._rows() if self.mode == "full" else self._rows().detach()
         error = (self.tokens[:, None] - self._barycentres(rows)).square().sum(-1).mean(1)
         return self._mean(error)
+
+    @property
+    def match(self) -> Tensor:
+        """Half of what a prototype is nearer than they are on average `(..., K)`, zero for padding."""
+        # Relative to the centre the mean prototype is 0, but its gradient is not.
+        mean = self.prototypes.square().sum(1).mean() / 2 - self.tokens @ self.prototypes.mean(0)
+        match = torch.addcmul(mean[:, None], self.scores, self.T / 2)
+        if self.weights is not None:
+            match = match * (self.weights != 0)[:, None]
+        return match.view(self.q.shape)
 
     def distance_to_fixed(self) -> Tensor:
         """Return `ols` with the barycentres held fixed `()`: its gradient moves the tokens only."""
@@ -186,10 +202,12 @@ def soft_quantise(
             tokens = torch.where(valid[:, None], tokens, 0)
             weights = valid.to(dtype) / valid.sum().clamp_min(1)
         prior = None if log_prior is None else log_prior.to(dtype)
-        q, loss, _ = _Assign.apply(
-            tokens, prototypes, cold(T, tokens), prior, weights, groups, mode == "full", stop_grad
+        degree = cold(T, tokens)
+        q, loss, scores = _Assign.apply(
+            tokens, prototypes, degree, prior, weights, groups, mode == "full", stop_grad
         )
-    found = Quantised(q.view(*z.shape[:-1], len(P)), loss, tokens, prototypes, centre, weights, groups, mode)
+    q = q.view(*z.shape[:-1], len(P))
+    found = Quantised(q, loss, tokens, prototypes, centre, scores, degree, weights, groups, mode)
     return found if commitment == 0 else replace(found, loss=loss + commitment * found.distance_to_fixed())
 
 

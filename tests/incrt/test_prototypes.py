@@ -37,7 +37,7 @@ def clusters(places, each=40, spread=0.05, seed=0):
 # Forward.
 
 
-@pytest.mark.parametrize("out", ["barycentre", "value"])
+@pytest.mark.parametrize("out", ["barycentre", "value", "gated"])
 @pytest.mark.parametrize("param", ["primal", "dual"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_output_is_assignments_times_values(out, param, groups, generator):
@@ -49,6 +49,11 @@ def test_output_is_assignments_times_values(out, param, groups, generator):
     torch.testing.assert_close(found.loss, expected.loss)
     if out == "value":
         torch.testing.assert_close(y, expected.q @ block.values)
+    elif out == "gated":
+        D = (z[..., None, :] - block.prototypes).square().sum(-1)
+        match = (D.mean(-1, keepdim=True) - D) / 2
+        torch.testing.assert_close(expected.match, match, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y, (expected.q * match / 2) @ block.values, atol=1e-5, rtol=1e-5)
     else:
         centre = expected.zhat if groups == 1 else expected.zhat.mean(-2)
         torch.testing.assert_close(y, centre @ block.weight)
@@ -356,7 +361,7 @@ def test_between_and_within_scatter_add_up_when_assignments_are_hard():
         ({"d": 0}, "d must be at least 1, got 0"),
         ({"K": 0}, "K must be at least 1, got 0"),
         ({"reservoir": 0}, "reservoir must be at least 1"),
-        ({"out": "both"}, "out must be one of barycentre, value, got 'both'"),
+        ({"out": "both"}, "out must be one of barycentre, value, gated, got 'both'"),
         ({"param": "free"}, "param must be one of primal, dual"),
         ({"mode": "hard"}, "mode must be full or em"),
         ({"groups": 4}, "groups must divide K = 6, got 4"),

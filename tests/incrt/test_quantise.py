@@ -122,7 +122,7 @@ def test_gradients_of_all_orders_are_exact_in_full_mode(groups, padded):
 
     def f(z, P, prior):
         found = soft_quantise(z, P, 0.7, mask=mask, groups=groups, log_prior=prior)
-        return found.q, found.loss, found.zhat, found.ols, found.variance
+        return found.q, found.loss, found.match, found.zhat, found.ols, found.variance
 
     assert_gradients(f, z.requires_grad_(), P.requires_grad_(), prior.requires_grad_())
 
