@@ -129,10 +129,10 @@ def test_equal_tokens_say_nothing(generator):
 
 def test_motor_vanishes_with_the_gradient_of_the_loss(generator):
     motor = GradientMotor(4, ema=0.5)
-    motor.update(torch.randn(3, 5, 4), torch.randn(3, 5, 4))
+    motor.update(tokens(generator), tokens(generator))
     first = motor.Ma.abs().max()
     for _ in range(20):
-        motor.update(torch.zeros(3, 5, 4), torch.randn(3, 5, 4))
+        motor.update(torch.zeros(3, 5, 4), tokens(generator))
     assert motor.Ma.abs().max() < 1e-5 * first
     assert motor.S.abs().max() > 0.1
 
