@@ -20,7 +20,16 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torchdeq", "mambapy", "assoc-scan", "accelerated-scan", "boxcounting", "porespy")
+PEERS = (
+    "torchdeq",
+    "mambapy",
+    "assoc-scan",
+    "accelerated-scan",
+    "boxcounting",
+    "porespy",
+    "torch-geometric",
+    "vector-quantize-pytorch",
+)
 PINNED = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
