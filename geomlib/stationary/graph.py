@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geomlib.stationary.checks import check_edges, check_transport, check_weights
 from geomlib.stationary.sparse import EdgeIndex, edge_dots, laplacian_product, weighted_laplacian
 
 __all__ = ["SheafGraph"]
 
-# Weights may be this much below zero from rounding; they are taken for zero.
-ROUNDING = 1e-14
-# A transport is unitary up to this, or up to so many units of rounding of its dtype.
-UNITARY = 1e-8
 # Numbers on edges that a gradient over all candidates holds at once.
 CHUNK = 1 << 18
 
@@ -77,10 +74,12 @@ class SheafGraph:
         signed: bool = False,
     ) -> None:
         self.nodes, self.edges, self.parallel, self.signed = nodes, edges, parallel, signed
-        self._check_edges()
+        check_edges(nodes, edges, parallel)
         self._index = EdgeIndex(nodes, edges)
-        self.weights = self._check_weights(weights)
-        self.transport = self._check_transport(transport)
+        self.weights = check_weights(weights, edges.shape[1], signed)
+        if transport is not None:
+            check_transport(transport, edges.shape[1])
+        self.transport = transport
 
     def __repr__(self) -> str:
         present = "" if self.weights.is_meta else f"{int((self.weights != 0).sum())} edges of "
@@ -121,9 +120,11 @@ class SheafGraph:
         other.weights, other.transport = self.weights, self.transport
         if "weights" in changes:
             assert changes["weights"] is not None
-            other.weights = other._check_weights(changes["weights"])
+            other.weights = check_weights(changes["weights"], self.edges.shape[1], self.signed)
         if "transport" in changes:
-            other.transport = other._check_transport(changes["transport"])
+            if changes["transport"] is not None:
+                check_transport(changes["transport"], self.edges.shape[1])
+            other.transport = changes["transport"]
         return other
 
     def with_tensors(self, weights: Tensor, transport: Tensor | None) -> SheafGraph:
@@ -417,71 +418,3 @@ class SheafGraph:
                 f"stalk must be {self.transport.shape[1]}, as the transport {tuple(self.transport.shape)} "
                 f"acts on it, got {stalk}"
             )
-
-    def _check_edges(self) -> None:
-        nodes, edges = self.nodes, self.edges
-        if nodes < 1:
-            raise ValueError(f"nodes must be at least 1, got {nodes}: there would be no state")
-        if edges.dtype != torch.int64 or edges.dim() != 2 or edges.shape[0] != 2:
-            raise ValueError(f"edges must be (2, M) int64, got {tuple(edges.shape)} {edges.dtype}")
-        if edges.is_meta or edges.shape[1] == 0:
-            return
-        if int(edges.min()) < 0 or int(edges.max()) >= nodes:
-            raise ValueError(
-                f"edges must lie in 0 ... {nodes - 1}, got {int(edges.min())} ... {int(edges.max())}"
-            )
-        if bool((edges[0] == edges[1]).any()):
-            raise ValueError("edges must not be loops: a loop adds nothing to the energy")
-        if bool((edges[0] > edges[1]).any()):
-            raise ValueError("edges must have edges[0] < edges[1]: the transport is from the second end")
-        if not self.parallel and len(torch.unique(edges[0] * nodes + edges[1])) < edges.shape[1]:
-            raise ValueError("edges must not repeat: the metric of the weights would be singular")
-
-    def _check_weights(self, weights: Tensor) -> Tensor:
-        if weights.shape != self.edges.shape[1:] or not weights.is_floating_point():
-            raise ValueError(
-                f"weights must be real ({self.edges.shape[1]},), got {tuple(weights.shape)} {weights.dtype}"
-            )
-        if weights.is_meta or weights.numel() == 0:
-            return weights
-        with torch.no_grad():
-            lowest, finite = float(weights.min()), bool(torch.isfinite(weights).all())
-        if not finite:
-            raise ValueError("weights must be finite, got infinities or NaN")
-        if lowest >= 0 or self.signed:
-            return weights
-        if lowest < -ROUNDING:
-            raise ValueError(
-                f"weights must not be negative, got {lowest:.3g}: the energy may have no minimum; "
-                "project them"
-            )
-        return weights.clamp_min(0)
-
-    def _check_transport(self, transport: Tensor | None) -> Tensor | None:
-        if transport is None:
-            return None
-        count = self.edges.shape[1]
-        phases = transport.shape == (count,) and transport.is_floating_point()
-        maps = (
-            transport.dim() == 3 and transport.shape[0] == count and transport.shape[1] == transport.shape[2]
-        )
-        if not (phases or maps) or not (transport.is_floating_point() or transport.is_complex()):
-            raise ValueError(
-                f"transport must be ({count}, d, d) or real phases ({count},), got "
-                f"{tuple(transport.shape)} {transport.dtype}"
-            )
-        if transport.is_meta or transport.numel() == 0:
-            return transport
-        with torch.no_grad():
-            if not bool(torch.isfinite(transport).all()):
-                raise ValueError("transport must be finite, got infinities or NaN")
-            if maps:
-                identity = torch.diag(transport.new_ones(transport.shape[1]))
-                off = float(
-                    torch.linalg.matrix_norm(transport @ transport.mT.conj_physical() - identity).max()
-                )
-                if off > max(UNITARY, 100 * torch.finfo(transport.dtype).eps):
-                    raise ValueError(
-                        f"transport must be unitary, got |tau tau^* - I| = {off:.1e}: take its polar factor"
-                    )
-        return transport
