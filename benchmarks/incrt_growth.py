@@ -586,6 +586,7 @@ def real(fresh: bool) -> None:
         columns=COLUMNS,
         rows=summed_up(store.runs),
         notes=[
+            f"batches of {BATCH}: {', '.join(f'{task.steps} of {task.name}' for task in tasks)}",
             "perceptron block: 24 hidden units, as many parameters as the dictionary",
             "accuracy on the test set; pruning decides on training samples",
         ],
