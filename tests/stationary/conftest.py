@@ -11,7 +11,7 @@ KINDS = ("real", "plain", "phases", "orthogonal", "unitary")
 def random_layer(
     kind="unitary", *, nodes=6, stalk=2, batch=3, density=0.6, mu=0.5, kappa=1.0, dtype=torch.float64, seed=0
 ):
-    """A graph, a potential with `V >= mu`, and drives.
+    """Draw a graph, a potential with `V >= mu`, and drives.
 
     `real` and `orthogonal` have real states, the others complex ones; `plain` has no connection.
     """
