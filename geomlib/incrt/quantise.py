@@ -86,7 +86,8 @@ class Quantised:
     def match(self) -> Tensor:
         """Half of what a prototype is nearer than they are on average `(..., K)`, zero for padding."""
         # Relative to the centre the mean prototype is 0, but its gradient is not.
-        mean = self.prototypes.square().sum(1).mean() / 2 - self.tokens @ self.prototypes.mean(0)
+        with full_precision(self.q.device):
+            mean = self.prototypes.square().sum(1).mean() / 2 - self.tokens @ self.prototypes.mean(0)
         match = torch.addcmul(mean[:, None], self.scores, self.T / 2)
         if self.weights is not None:
             match = match * (self.weights != 0)[:, None]
@@ -101,7 +102,8 @@ class Quantised:
     def variance(self) -> Tensor:
         """Mean over tokens of `sum_k q_k |p_k - zhat|^2` `()`: what the loss holds beside `ols`."""
         rows = self._rows() if self.mode == "full" else self._rows().detach()
-        second = rows @ self.prototypes.square().sum(1)
+        with full_precision(self.q.device):
+            second = rows @ self.prototypes.square().sum(1)
         first = self._barycentres(rows).square().sum(-1).sum(1)
         return self._mean((second - first) / self.groups).clamp_min(0)
 
@@ -109,17 +111,20 @@ class Quantised:
     def usage(self) -> Tensor:
         """Mean assignment of each prototype `(K,)`, in each group one in sum."""
         rows = self._rows().detach()
-        return rows.mean(0) if self.weights is None else rows.T @ self.weights
+        with full_precision(self.q.device):
+            return rows.mean(0) if self.weights is None else rows.T @ self.weights
 
     def _rows(self) -> Tensor:
         return self.q.reshape(-1, self.q.shape[-1])
 
     def _barycentres(self, rows: Tensor) -> Tensor:
         """Barycentres relative to the centre `(N, groups, d)`."""
-        if self.groups == 1:
-            return (rows @ self.prototypes)[:, None]
-        parts = rows.unflatten(1, (-1, self.groups)).permute(2, 0, 1)  # (groups, N, K / groups)
-        return (parts @ self.prototypes.unflatten(0, (-1, self.groups)).transpose(0, 1)).transpose(0, 1)
+        with full_precision(rows.device):
+            if self.groups == 1:
+                return (rows @ self.prototypes)[:, None]
+            parts = rows.unflatten(1, (-1, self.groups)).permute(2, 0, 1)  # (groups, N, K / groups)
+            codes = self.prototypes.unflatten(0, (-1, self.groups)).transpose(0, 1)
+            return (parts @ codes).transpose(0, 1)
 
     def _mean(self, values: Tensor) -> Tensor:
         return values.mean() if self.weights is None else (self.weights * values).sum()

@@ -433,6 +433,8 @@ def test_autocast_and_half_precision_inputs_are_computed_in_single_precision():
     expected = soft_quantise(z, P, 0.5)
     with torch.autocast("cpu", torch.bfloat16):
         found = soft_quantise(z, P, 0.5)
+        for name in ("zhat", "match", "ols", "variance", "usage"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert found.q.dtype == torch.float32
     assert torch.equal(found.q, expected.q)
     assert torch.equal(found.loss, expected.loss)
