@@ -164,7 +164,8 @@ class SelfOrganisingEncoder(nn.Module):
 
     def active(self) -> list[EncoderLayer]:
         """Return the layers that work."""
-        return list(self.layers[: self._extent.active])  # type: ignore[arg-type]
+        # A slice of a module list is a new module, which costs more than all that is asked of it each step.
+        return list(self.layers)[: self._extent.active]  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> EncoderOutput:
         """Encode and read out.
@@ -187,7 +188,7 @@ class SelfOrganisingEncoder(nn.Module):
         """
         stream = self.embed(x)
         found = []
-        for layer in self.layers[: self._extent.active]:
+        for layer in self.active():
             stream, quantised = layer(stream, mask)
             if quantised is not None:
                 found.append(quantised)

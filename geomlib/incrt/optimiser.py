@@ -146,6 +146,8 @@ class SlotClock:
     def _remember(self, *_: Any) -> None:
         if self._loads != self.layer._extent.loads:
             self.read()
+        if not self.young:
+            return
         into, out = (parameter.detach() for parameter in self.parameters)
         self._before = [(slot, into[slot].clone(), out[slot].clone()) for slot in self.young]
 
