@@ -269,7 +269,7 @@ def newton_descent(
     state : Tensor
         Best state of each sample, shaped like `start`.
     monitor : Monitor
-        Residuals, steps and fate, for :func:`geomlib.core.problem.conclude`.
+        Residuals, steps and fate, for `geomlib.core.problem.conclude`.
 
     Notes
     -----

@@ -50,7 +50,7 @@ def weight_sensitivity(
 
     Notes
     -----
-    Source: reconstructed: the last link of :func:`geomlib.stationary.perturbation.lipschitz_chain`.
+    Source: reconstructed: the last link of :func:`geomlib.stationary.lipschitz_chain`.
 
     Examples
     --------

@@ -65,7 +65,7 @@ def solve_stationary(
     drive
         `(B, n, d)`, real or complex; `B` may be 0.
     solver
-        One of :mod:`geomlib.stationary.solvers`.
+        One of `geomlib.stationary.solvers`.
     start
         First states, shaped like `drive`. By default one forward-backward step from zero where the layer is
         strongly monotone, else zero.

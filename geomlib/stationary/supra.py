@@ -371,10 +371,10 @@ class SupraGraph:
     def parameter_gradient(
         self, p: Tensor, psi: Tensor, x: Tensor, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        r"""Return $\langle p,\partial_\theta\mathbb F\rangle$ for parameters that require gradients.
+        """Return `<p, dF / d theta>` for parameters `theta` that require gradients.
 
-        With the adjoint state `p` this is the gradient of the loss through the solution, batch summed:
-        $\nabla_{K_\ell}=-p_\ell\psi_{\ell-1}^*$, and the edge formula for weights.
+        With the adjoint state `p` this is the gradient of the loss through the solution, batch summed: minus
+        `p` of a layer times the conjugate state of the layer before for a map, the edge formula for weights.
         """
         with torch.enable_grad():
             value = real_inner(p.detach(), self.residual(psi.detach(), x)).sum()

@@ -15,7 +15,11 @@ pytestmark = pytest.mark.browser
 LAPTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))
-PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+CHAPTERS = [chapter for part in TOC["parts"] for chapter in part["chapters"]]
+PAGES = [
+    TOC["root"],
+    *(page["file"] for chapter in CHAPTERS for page in (chapter, *chapter.get("sections", ()))),
+]
 
 
 @dataclass
