@@ -7,6 +7,7 @@ both in one check, and never the last head. All that it remembers stands in buff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geomlib.incrt.attention import DirectionalAttention
+from geomlib.incrt.checks import absorb, captures_little, refresh, watch_scatter
 from geomlib.incrt.encoder import SelfOrganisingEncoder
 from geomlib.incrt.events import Event, Reading
 from geomlib.incrt.growth import GrowthConfig, LayerGrowth, Structure, attach, listen
 from geomlib.incrt.layer import EncoderLayer
-from geomlib.incrt.motor import GradientMotor, HeadsMotor, motor_statistics
 from geomlib.incrt.operator import residual_operator
 from geomlib.incrt.optimiser import SlotClock
-from geomlib.incrt.processes import mean_over, reduced, several, share
+from geomlib.incrt.processes import mean_over, several, share
 from geomlib.incrt.prototypes import DDCLBlock
-from geomlib.incrt.pruning import directional_energy
 
 __all__ = ["GrowthController"]
 
@@ -66,6 +66,8 @@ class GrowthController:
     reconstructed. Call `step` after `optimizer.step()`. Statistics come from a hook on the output of
     attention, set for one step in `check_every`; several backward passes before a step add up. In several
     processes the sums are reduced and all decide alike. In evaluation mode nothing is looked at or changed.
+    Layers that wait have no gradient: data parallelism needs `find_unused_parameters=True` while there are
+    any. If the loss of a dictionary reaches its tokens, a warning says once that these have collapsed.
 
     Examples
     --------
@@ -112,7 +114,7 @@ class GrowthController:
         self.structure: Structure = attach(model, config, self.generator)
         self.clocks = [
             SlotClock(optimizer, layer.attention, _growth(layer).ages, remedy=config.remedy)
-            for layer in self._layers()
+            for layer in self.model.allocated()
         ]
         self.events: list[Event] = []
         self.history: list[Reading] = []
@@ -192,6 +194,26 @@ class GrowthController:
         signal = float(growth.gate.measure(growth.motor.S, growth.motor.Ma).top)
         return self._prune(layer, head, self.structure.t, signal)
 
+    def deepen(self) -> Event:
+        """Set the next allocated layer to work by hand; the function stays as it was.
+
+        Raises
+        ------
+        ValueError
+            If all allocated layers work.
+        """
+        t, trigger = self.structure.t, self.structure.depth
+        signal, threshold = math.nan, math.nan
+        if trigger is not None:
+            signal, threshold = trigger.observe(self.model.active()[-1].attention), trigger.level
+            trigger.restart(t)
+        index = self.model.deepen()
+        growth = _growth(self.model.active()[index])
+        # Its heads are as young as heads that are born: they add nothing yet and must not go for that.
+        growth.born.fill_(t)
+        growth.gate.last_event.fill_(t)
+        return self._note(Event("deepen", t, index, -1, signal, threshold))
+
     @property
     def settled(self) -> bool:
         """Whether every layer was quiet for four dwells, with its signal at or below the threshold."""
@@ -212,7 +234,10 @@ class GrowthController:
             if not attention.recorded:
                 continue
             witness = attention.recorded[0]
-            self._absorb(attention, growth)
+            absorb(growth, attention, 1.0 if self.scaler is None else self.scaler.get_scale())
+            if layer.tokens is not None and layer.unguarded:
+                watch_scatter(growth, layer.tokens, index)
+                layer.tokens = None
             top = growth.gate.observe(t, growth.motor.S, growth.motor.Ma).top
             signal, threshold = float(top), growth.gate.threshold()
             if self.config.motor == "plateau":
@@ -222,49 +247,29 @@ class GrowthController:
                 events += self._births(index, growth, attention, t, signal)
             elif (head := self._prunable(growth, attention, weak, t)) is not None:
                 events.append(self._prune(index, head, t, signal))
-            elif self.config.refresh is not None and t % self.config.refresh < self.config.check_every:
-                self._refresh(attention, growth)
+            elif self._stale(t):
+                refresh(growth, attention)
             self.history.append(Reading(t, index, signal, threshold, attention.active))
-        return events
+        return events or self._deepened(t)
 
-    def _absorb(self, attention: DirectionalAttention, growth: LayerGrowth) -> None:
-        """Bring what was recorded into the running means, alike in all processes."""
-        motor = growth.motor
-        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-        wants_gradient = isinstance(motor, GradientMotor)
-        found = [
-            motor_statistics(
-                seen.delta if wants_gradient else None, seen.x, seen.mask, attention.causal,
-                scale=scale, dtype=motor.S.dtype,
-            )
-            for seen in attention.recorded
-        ]  # fmt: skip
-        total = found[0]
-        for part in found[1:]:
-            total = total.combine(part)
-        total = reduced(total)
-        if isinstance(motor, GradientMotor):
-            motor.absorb(total)
-            return
-        usable = total.gram.isfinite().all() & (total.tokens > 0)
-        motor._absorb(total.gram / total.tokens.clamp_min(1), motor.Ma, usable)
-        if isinstance(motor, HeadsMotor):
-            queries, keys = attention.W_Q.detach(), attention.W_K.detach()
-            form = torch.einsum("hik,hjk->ij", queries, keys).to(motor.Ma)
-            motor.Ma.copy_((form - form.mT) / 2)
+    def _stale(self, t: int) -> bool:
+        """Whether it is time to look anew where the heads look."""
+        every = self.config.refresh
+        return every is not None and self.config.project and t % every < self.config.check_every
+
+    def _deepened(self, t: int) -> list[Event]:
+        trigger = self.structure.depth
+        if trigger is None or self.model.depth == len(self.model.layers):
+            return []
+        trigger.observe(self.model.active()[-1].attention)
+        return [self.deepen()] if trigger.ready(t) else []
 
     def _absorb_loss(self) -> None:
         if not self._losses:
             if self.config.motor == "plateau" or self.config.loss_floor is not None:
                 raise ValueError("the loss must be watched: wrap it with GrowthController.watch")
             return
-        structure, value = self.structure, torch.stack(self._losses).mean().to(self.structure.loss)
-        value = mean_over(value)
-        old = structure.loss.nan_to_num(nan=float(value))
-        structure.loss.copy_(torch.lerp(value, old, self.config.ema))
-        better = ~(structure.loss > structure.best * (1 - self.config.plateau_tol))
-        structure.best.copy_(torch.where(better, structure.loss, structure.best))
-        structure.stale.copy_(torch.where(better, 0, structure.stale + 1))
+        self.structure.follow(mean_over(torch.stack(self._losses).mean()), self.config)
 
     def _wants_head(self, growth: LayerGrowth, attention: DirectionalAttention, t: int) -> bool:
         if attention.active >= self.cap:
@@ -352,7 +357,7 @@ class GrowthController:
         if not self.config.prune or heads == 1:
             return None
         old = t - growth.born[:heads] >= self.config.dwell
-        idle = self._captures_little(attention, growth) & old
+        idle = captures_little(growth, attention, self.config) & old
         if not bool(idle.any()):
             growth.weak.zero_()
             return None
@@ -365,33 +370,6 @@ class GrowthController:
         growth.weak[:heads] = torch.where(quiet, growth.weak[:heads] + 1, 0)
         return outputs
 
-    def _captures_little(self, attention: DirectionalAttention, growth: LayerGrowth) -> Tensor:
-        """Which heads capture little directed energy, `(H,)` bool."""
-        motor, config = growth.motor, self.config
-        if config.motor in ("grad", "plateau"):
-            energy = directional_energy(motor.S, attention.W_Q.detach(), attention.W_K.detach())
-            ordered, heads = energy.sort().values, attention.active
-            return energy < config.phi_g * (ordered[(heads - 1) // 2] + ordered[heads // 2]) / 2
-        columns = growth.columns[: attention.active]
-        A = residual_operator(motor.S, motor.Ma)
-        q = growth.gate.held[:, columns.clamp_min(0)]
-        captured = (q * (A @ q)).sum(0)
-        return (captured < config.phi_g * growth.gate.threshold()) & (columns >= 0)
-
-    def _refresh(self, attention: DirectionalAttention, growth: LayerGrowth) -> None:
-        """Give each head the direction that it captures now, in the order of capture."""
-        held = [int(column) for column in growth.columns[: attention.active]]
-        slots = sorted((slot for slot, column in enumerate(held) if column >= 0), key=lambda slot: held[slot])
-        if not slots or not self.config.project:
-            return
-        fresh = []
-        for slot in slots:
-            form = (attention.W_Q[slot] @ attention.W_K[slot].mT).detach().to(growth.motor.S)
-            fresh.append(
-                torch.linalg.eigh(residual_operator(growth.motor.S, (form - form.mT) / 2)).eigenvectors[:, -1]
-            )
-        growth.gate.refresh(torch.stack(fresh, 1))
-
     def _set_prototypes(self) -> None:
         for layer in self.model.active():
             if isinstance(layer.feed_forward, DDCLBlock) and layer.tokens is not None:
@@ -399,8 +377,6 @@ class GrowthController:
                 share(layer)
             layer.tokens = None
         self.structure.random.copy_(self.generator.get_state())
-
-    # What keeps pace with the training.
 
     def _resume(self) -> None:
         """Take up counters that were set or loaded."""
@@ -410,9 +386,6 @@ class GrowthController:
     def _prepare(self) -> None:
         self._losses = []
         listen(self.model)
-
-    def _layers(self) -> list[EncoderLayer]:
-        return list(self.model.layers)  # type: ignore[arg-type]
 
     def _note(self, event: Event) -> Event:
         self.events.append(event)

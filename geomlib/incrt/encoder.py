@@ -40,7 +40,8 @@ class SelfOrganisingEncoder(nn.Module):
     layers : int
         How many work at the start.
     max_layers : int, optional
-        How many are allocated; `deepen` sets the next one to work. As many as `layers` by default.
+        How many are allocated; `deepen` sets the next one to work. As many as `layers` by default. While any
+        wait, `DistributedDataParallel` needs `find_unused_parameters=True`: they have no gradient.
     outputs : int or (int, int)
         Classes, or readouts and classes of each.
     heads : int
@@ -165,7 +166,11 @@ class SelfOrganisingEncoder(nn.Module):
     def active(self) -> list[EncoderLayer]:
         """Return the layers that work."""
         # A slice of a module list is a new module, which costs more than all that is asked of it each step.
-        return list(self.layers)[: self._extent.active]  # type: ignore[arg-type]
+        return self.allocated()[: self._extent.active]
+
+    def allocated(self) -> list[EncoderLayer]:
+        """Return all layers, those that wait included."""
+        return list(self.layers)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> EncoderOutput:
         """Encode and read out.

@@ -15,14 +15,15 @@ class Event:
     Attributes
     ----------
     kind
-        A head was born or pruned.
+        A head was born or pruned, or a layer set to work.
     step, layer, head
-        When, where, and in which slot.
+        When, where, and in which slot; -1 for a whole layer.
     signal, threshold
-        Of the gate at that time.
+        Of the gate at that time; for a layer the mean asymmetry index below it and its level, NaN if there
+        is none.
     """
 
-    kind: Literal["grow", "prune"]
+    kind: Literal["grow", "prune", "deepen"]
     step: int
     layer: int
     head: int

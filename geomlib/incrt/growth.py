@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geomlib.core.precision import working_dtype
+from geomlib.incrt.depth import DepthTrigger
 from geomlib.incrt.encoder import SelfOrganisingEncoder
 from geomlib.incrt.gate import Gate, Mode
 from geomlib.incrt.layer import EncoderLayer
@@ -81,6 +82,12 @@ class GrowthConfig:
         No births while the running loss is below. Needs `GrowthController.watch`.
     plateau_tol : float
         With `motor="plateau"`, relative fall of the running loss that counts as better.
+    deepen_at : float, optional
+        Mean asymmetry index of the heads of the top layer above which, once it has settled, the next
+        allocated layer is set to work; None never deepens by itself. The author's public code has 0.9.
+    deepen_tol, deepen_checks, deepen_dwell : float, int, int
+        It has settled if it moved by less than `deepen_tol` over the last `deepen_checks` checks, all of them
+        with one number of layers; layers come `deepen_dwell` steps apart.
 
     Raises
     ------
@@ -125,6 +132,10 @@ class GrowthConfig:
     refresh: int | None = None
     loss_floor: float | None = None
     plateau_tol: float = 0.01
+    deepen_at: float | None = None
+    deepen_tol: float = 0.01
+    deepen_checks: int = 200
+    deepen_dwell: int = 500
 
     def __post_init__(self) -> None:
         if self.motor not in get_args(Motor):
@@ -147,6 +158,12 @@ class GrowthConfig:
                 f"eps_out and plateau_tol must not be negative, got {self.eps_out} and {self.plateau_tol}: "
                 "they are shares"
             )
+        if self.deepen_at is not None and not 0 <= self.deepen_at < 1:
+            raise ValueError(
+                f"deepen_at must lie in [0, 1), got {self.deepen_at}: no asymmetry index exceeds 1"
+            )
+        if not self.deepen_tol > 0:
+            raise ValueError(f"deepen_tol must be positive, got {self.deepen_tol}: nothing ever settles")
         whole = {
             "check_every": self.check_every,
             "persistence": self.persistence,
@@ -154,6 +171,8 @@ class GrowthConfig:
             "max_heads": self.max_heads,
             "prototypes_at": self.prototypes_at,
             "refresh": self.refresh,
+            "deepen_checks": self.deepen_checks,
+            "deepen_dwell": self.deepen_dwell,
         }
         for name, value in whole.items():
             if value is not None and value < 1:
@@ -180,12 +199,17 @@ class LayerGrowth(nn.Module):
         `(max_heads,)` int64: optimiser steps since, up to `SETTLED`.
     weak : Tensor
         `(max_heads,)` int64: checks in a row on which it was weak.
+    scatter, collapsed : Tensor
+        `()`: trace of the covariance of the tokens of an unguarded dictionary at the first check, zero
+        before; and whether it was warned that they collapsed.
     """
 
     columns: Tensor
     born: Tensor
     ages: Tensor
     weak: Tensor
+    scatter: Tensor
+    collapsed: Tensor
 
     def __init__(self, layer: EncoderLayer, config: GrowthConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -210,6 +234,8 @@ class LayerGrowth(nn.Module):
         self.register_buffer("born", torch.zeros(slots, dtype=torch.int64, device=device))
         self.register_buffer("ages", torch.full((slots,), SETTLED, device=device))
         self.register_buffer("weak", torch.zeros(slots, dtype=torch.int64, device=device))
+        self.register_buffer("scatter", torch.zeros((), **where))
+        self.register_buffer("collapsed", torch.zeros((), dtype=torch.bool, device=device))
 
     def regrow(self, slot: int) -> Tensor:
         """Bound the signal if the head of a slot goes, `()`: the present one if it holds no direction."""
@@ -246,6 +272,8 @@ class Structure(nn.Module):
         `()`: running loss and its best value since the last event; NaN before the first.
     stale : Tensor
         `()` int64: checks without a better one.
+    depth : DepthTrigger, optional
+        When the next layer is set to work.
     t, version
         For the host: steps, and how often a state dict was loaded.
     check_every, prototypes_at
@@ -258,11 +286,13 @@ class Structure(nn.Module):
     best: Tensor
     stale: Tensor
     prototypes_at: int | None
+    depth: DepthTrigger | None
 
     def __init__(self, random: Tensor, device: torch.device) -> None:
         super().__init__()
         self.t, self.version = 0, 0
         self.check_every, self.prototypes_at = 1, None
+        self.depth = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("random", random.to(device))
         self.register_buffer("loss", torch.full((), math.nan, device=device))
@@ -272,6 +302,15 @@ class Structure(nn.Module):
     def due(self, ahead: int = 0) -> bool:
         """Whether the step so many ahead is one whose statistics are looked at."""
         return (self.t + ahead) % self.check_every == 0
+
+    def follow(self, value: Tensor, config: GrowthConfig) -> None:
+        """Bring a loss `()` into the running one, and count the checks without a better."""
+        value = value.to(self.loss)
+        old = self.loss.nan_to_num(nan=float(value))
+        self.loss.copy_(torch.lerp(value, old, config.ema))
+        better = ~(self.loss > self.best * (1 - config.plateau_tol))
+        self.best.copy_(torch.where(better, self.loss, self.best))
+        self.stale.copy_(torch.where(better, 0, self.stale + 1))
 
 
 def attach(model: SelfOrganisingEncoder, config: GrowthConfig, generator: torch.Generator) -> Structure:
@@ -287,6 +326,11 @@ def attach(model: SelfOrganisingEncoder, config: GrowthConfig, generator: torch.
     structure = model.structure
     assert isinstance(structure, Structure)
     structure.check_every, structure.prototypes_at = config.check_every, config.prototypes_at
+    if config.deepen_at is not None and structure.depth is None:
+        structure.depth = DepthTrigger(
+            config.deepen_at, config.deepen_tol, config.deepen_checks, config.deepen_dwell,
+            structure.steps.device,
+        )  # fmt: skip
     listen(model)
     return structure
 
@@ -298,7 +342,9 @@ def listen(model: SelfOrganisingEncoder) -> None:
     for layer in model.active():
         layer.attention.recording = structure.due(ahead=1)
         layer.attention.recorded.clear()
-        layer.keep_tokens = structure.t + 1 == structure.prototypes_at
+        layer.keep_tokens = structure.t + 1 == structure.prototypes_at or (
+            layer.attention.recording and layer.unguarded
+        )
 
 
 def _loaded(model: nn.Module, _keys: object) -> None:

@@ -3,6 +3,7 @@ r"""One layer of the encoder: attention and a feed-forward block, each behind a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,11 @@ class EncoderLayer(nn.Module):
         self.keep_tokens = False
         self.tokens: Tensor | None = None
 
+    @property
+    def unguarded(self) -> bool:
+        """Whether the loss of a dictionary reaches the tokens, which it could then make all alike."""
+        return isinstance(self.feed_forward, DDCLBlock) and not self.feed_forward.stop_grad
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Quantised | None]:
         """Return the stream `(B, n, d)` behind the layer, and what its dictionary found, if it has one."""
         x = x + self.attention(self.norm_attention(x), mask)
@@ -92,10 +98,22 @@ class EncoderLayer(nn.Module):
 def sinusoids(stream: Tensor) -> Tensor:
     """Return sines and cosines of the positions `(n, d)`, wave lengths from `2 pi` to `20000 pi`."""
     n, d = stream.shape[-2:]
-    dtype = torch.promote_types(stream.dtype, torch.float32)
-    rate = torch.arange(0, d, 2, device=stream.device, dtype=dtype) / -d
-    phase = torch.arange(n, device=stream.device, dtype=dtype)[:, None] * 10000.0**rate
-    return torch.stack([phase.sin(), phase.cos()], -1).flatten(1)[:, :d].to(stream.dtype)
+    # In a graph they belong to it; otherwise they are kept, since they cost more than the embedding.
+    codes = _codes if torch.compiler.is_compiling() else _kept_codes
+    return codes(n, d, stream.device, stream.dtype)
+
+
+def _codes(n: int, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    rate = torch.arange(0, d, 2, device=device, dtype=wide) / -d
+    phase = torch.arange(n, device=device, dtype=wide)[:, None] * 10000.0**rate
+    return torch.stack([phase.sin(), phase.cos()], -1).flatten(1)[:, :d].to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _kept_codes(n: int, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _codes(n, d, device, dtype)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from geomlib.incrt import (
     planted_operator,
     slot_state,
 )
+from geomlib.incrt.checks import captures_little
 from geomlib.incrt.optimiser import SETTLED
 from geomlib.lab import checkpoints, training
 from geomlib.lab.data import Split
@@ -239,7 +240,7 @@ def test_a_symmetric_head_that_adds_something_stays():
         run.steps(1)
     symmetric()
     layer, growth = run.model.layers[0], run.model.layers[0].growth
-    assert run.controller._captures_little(attention, growth).tolist()[1]
+    assert captures_little(growth, attention, run.controller.config).tolist()[1]
     assert layer.attention.active == 4
 
 
@@ -485,6 +486,9 @@ def test_growth_settles_when_nothing_happens_for_four_dwells():
         ({"check_every": 0}, "check_every must be at least 1"),
         ({"prune_checks": 0}, "prune_checks must be at least 1"),
         ({"max_heads": 0}, "max_heads must be at least 1"),
+        ({"deepen_at": 1.0}, "deepen_at must lie in"),
+        ({"deepen_tol": 0.0}, "deepen_tol must be positive"),
+        ({"deepen_checks": 0}, "deepen_checks must be at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):
