@@ -94,6 +94,16 @@ def motor_statistics(
     batch, n, d = xh.shape
     with full_precision(xh.device):
         x = xh.to(dtype)
+        if mask is None and not causal:
+            # Every token sees all of them: the mean over keys is taken from the keys, not from (B, n, n).
+            rows = x.reshape(-1, d)
+            gram = rows.mT @ rows
+            tokens = gram.new_full((), batch * n)
+            if delta is None:
+                return MotorStatistics(torch.zeros_like(gram), gram, tokens)
+            C = torch.bmm(delta.to(dtype), (x.mean(1, keepdim=True) - x).mT)
+            pulled = torch.bmm(C, x).reshape(-1, d)
+            return MotorStatistics(rows.mT @ pulled / (n * scale), gram, tokens)
         valid = torch.ones(batch, n, dtype=torch.bool, device=x.device) if mask is None else mask
         weight = valid.to(dtype).unsqueeze(-1)
         x = torch.where(valid.unsqueeze(-1), x, 0.0)  # not a product: padding may hold anything
