@@ -630,7 +630,7 @@ def clock(fresh: bool) -> None:
         columns=COLUMNS,
         rows=summed_up(store.runs),
         notes=[
-            f"a head every {DWELL} steps in a random direction, while the loss is above 0.15 of that of chance",
+            f"a head every {DWELL} steps, in a random direction, while the loss is above 0.15 of chance",
             "else as in the table of planted heads",
         ],
     )
