@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geomlib.incrt.attention import DirectionalAttention, Extent
-from geomlib.incrt.layer import EncoderLayer, EncoderOutput, fill, perceptron, sinusoids
+from geomlib.incrt.layer import EncoderLayer, EncoderOutput, fill, norm, perceptron, sinusoids
 from geomlib.incrt.prototypes import DDCLBlock
 
 __all__ = ["SelfOrganisingEncoder", "compact"]
@@ -146,7 +146,7 @@ class SelfOrganisingEncoder(nn.Module):
 
         self.layers = nn.ModuleList(layer() for _ in range(max_layers))
         self._extent = Extent(layers)
-        self.norm = nn.LayerNorm(d, elementwise_affine=affine, **where)
+        self.norm = norm(d, affine, where)
         self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         self.readout = nn.Linear(d, torch.Size(self.outputs).numel(), **where)
         fill(self.readout, d**-0.5, generator)
