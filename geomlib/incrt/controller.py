@@ -134,7 +134,7 @@ class GrowthController:
             self._resume()
         structure = self.structure
         structure.t += 1
-        structure.steps += 1
+        structure.steps.add_(1)
         t = structure.t
         events: list[Event] = []
         if t == self.config.prototypes_at:
@@ -385,7 +385,8 @@ class GrowthController:
 
     def _prepare(self) -> None:
         self._losses = []
-        listen(self.model)
+        if self.structure.turns():
+            listen(self.model)
 
     def _note(self, event: Event) -> Event:
         self.events.append(event)

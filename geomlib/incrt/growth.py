@@ -303,6 +303,10 @@ class Structure(nn.Module):
         """Whether the step so many ahead is one whose statistics are looked at."""
         return (self.t + ahead) % self.check_every == 0
 
+    def turns(self) -> bool:
+        """Whether layers have to be told what to record: not between two steps that are not looked at."""
+        return self.due() or self.due(ahead=1) or self.prototypes_at in (self.t, self.t + 1)
+
     def follow(self, value: Tensor, config: GrowthConfig) -> None:
         """Bring a loss `()` into the running one, and count the checks without a better."""
         value = value.to(self.loss)
