@@ -112,7 +112,7 @@ def weighted_laplacian(psi: Tensor, weights: Tensor, index: EdgeIndex) -> Tensor
 
 
 def laplacian_product(psi: Tensor, weights: Tensor, index: EdgeIndex, matrix: Tensor | None) -> Tensor:
-    """Return `L_w psi` without history, by the matrix of :meth:`EdgeIndex.matrix` where there is one.
+    """Return `L_w psi` without history, by the matrix of the `index` where there is one.
 
     Examples
     --------
