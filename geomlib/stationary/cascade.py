@@ -1,6 +1,6 @@
 r"""Why the supra-graph is stable although it has no energy: weighted norms, bounds of the inverse, the flow.
 
-The derivative $J$ of a stack is block lower bidiagonal. In a norm that weighs deeper layers less it is
+The derivative :math:`J` of a stack is block lower bidiagonal. In a norm that weighs deeper layers less it is
 strongly monotone, and the dissipative flow of the whole has the spectra of the layers (arXiv 2507.20088
 claims a global stationary problem; the statements here are reconstructed).
 """
@@ -18,7 +18,7 @@ __all__ = ["inverse_bound", "monotonicity", "monotonicity_bound", "supra_flow"]
 
 
 def monotonicity(supra: SupraGraph, psi: Tensor, epsilon: float = 1.0) -> Tensor:
-    r"""Return $\lambda_{\min}(\operatorname{sym}(WJW^{-1}))$, $W=\mathrm{diag}(\epsilon^\ell)$, per sample.
+    r"""Return the smallest eigenvalue of sym(W J W^-1) per sample, :math:`W=\mathrm{diag}(\epsilon^\ell)`.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def monotonicity(supra: SupraGraph, psi: Tensor, epsilon: float = 1.0) -> Tensor
 
 
 def monotonicity_bound(mu: float, norm: float, layers: int, epsilon: float = 1.0) -> float:
-    r"""Return $\mu-\epsilon\kappa_K\cos\frac\pi{L+1}$, a lower bound of :func:`monotonicity`.
+    r"""Return :math:`\mu-\epsilon\kappa_K\cos\frac\pi{L+1}`, a lower bound of :func:`monotonicity`.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def monotonicity_bound(mu: float, norm: float, layers: int, epsilon: float = 1.0
 
 
 def inverse_bound(mu: float, norm: float, layers: int) -> float:
-    r"""Return $\frac1\mu\sum_{j<L}(\kappa_K/\mu)^j$, an upper bound of $\|J^{-1}\|$; arguments as above.
+    r"""Return :math:`\frac1\mu\sum_{j<L}(\kappa_K/\mu)^j`, at least :math:`\|J^{-1}\|`; arguments as above.
 
     Examples
     --------
@@ -109,12 +109,12 @@ def supra_flow(
     steps: int,
     start: Tensor | None = None,
 ) -> Tensor:
-    r"""Follow the global dissipative flow $\dot\Psi=-(\gamma+i)\mathbb F(\Psi)$ by explicit Euler steps.
+    r"""Follow the flow :math:`\dot\Psi=-(\gamma+i)\mathbb F(\Psi)` of all layers by explicit Euler steps.
 
     Parameters
     ----------
     supra
-        The system. Real states follow $\dot\Psi=-\gamma\mathbb F$.
+        The system. Real states follow :math:`\dot\Psi=-\gamma\mathbb F`.
     x
         Input `(B, inputs)`.
     gamma

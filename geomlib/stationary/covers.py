@@ -23,7 +23,7 @@ __all__ = ["cover_sectors", "root_split", "sheaf_to_cover_u1", "sheaf_to_gremban
 
 
 def root_split(phases: Tensor, sheets: int) -> tuple[Tensor, Tensor]:
-    r"""Write $e^{i\theta}=a_0\omega^s+a_1\omega^{s+1}$ with $a\ge0$ and $\omega=e^{2\pi i/k}$.
+    r"""Write :math:`e^{i\theta}=a_0\omega^s+a_1\omega^{s+1}`, :math:`a\ge0`, :math:`\omega=e^{2\pi i/k}`.
 
     Parameters
     ----------
@@ -44,8 +44,9 @@ def root_split(phases: Tensor, sheets: int) -> tuple[Tensor, Tensor]:
 
     Notes
     -----
-    Source: reconstructed. The weights add up to $\cos(\pi/k-r)/\cos(\pi/k)$ for the angle `r` beyond the
-    root, which lies between 1 and $\sec(\pi/k)$.
+    Source: reconstructed. The weights add up to :math:`\cos(\pi/k-r)/\cos(\pi/k)` for the angle `r` beyond
+    the
+    root, which lies between 1 and :math:`\sec(\pi/k)`.
 
     Examples
     --------
@@ -92,7 +93,8 @@ def cover_sectors(graph: SheafGraph, floor: Tensor, sheets: int) -> Tensor:
     Notes
     -----
     Source: reconstructed. The cover is invariant under the cyclic group, so its operator splits over the
-    characters $r$, with edge factors $\sum_sa_s\omega^{rs}$ on the diagonal $\deg_w+V$ of the layer.
+    characters :math:`r`, with edge factors :math:`\sum_sa_s\omega^{rs}` on the diagonal :math:`\deg_w+V` of
+    the layer.
 
     Examples
     --------
@@ -139,8 +141,9 @@ def sheaf_to_cover_u1(
     -------
     Lift
         `target` is a :class:`Layer` on `n k` nodes and at most `2 k M` edges, node `(u, j)` at `u k + j`.
-        `lift` sends `psi_u` to $\omega^j\psi_u$ on sheet `j`. `deficit` `(n,)` is what each node loses,
-        $\sum_{e\ni u}w_e(a_s+a_{s+1}-1)$, at most $\sec(\pi/k)-1$ times its degree. `admissible` if all
+        `lift` sends `psi_u` to :math:`\omega^j\psi_u` on sheet `j`. `deficit` `(n,)` is what each node loses,
+        :math:`\sum_{e\ni u}w_e(a_s+a_{s+1}-1)`, at most :math:`\sec(\pi/k)-1` times its degree.
+        `admissible` if all
         sectors of :func:`cover_sectors` are positive.
 
     Raises
@@ -150,8 +153,9 @@ def sheaf_to_cover_u1(
 
     Notes
     -----
-    Source: reconstructed; the paper's own lift was not readable. With all $V_u>0$ it is admissible for all
-    large `k`; if some $V_u<0$ it can fail for every `k`.
+    Source: reconstructed; the paper's own lift was not readable. With all :math:`V_u>0` it is admissible
+    for all
+    large `k`; if some :math:`V_u<0` it can fail for every `k`.
 
     Examples
     --------
@@ -221,7 +225,7 @@ def sheaf_to_gremban(
     Lift
         `target` is a :class:`Layer` on `4 d n` real nodes of stalk 1; coordinate `a` of node `u` on sheet
         `+` or `-` stands at `(2 d u + a) 2 + (0 or 1)`. `lift` sends real coordinates `x` to `(x, -x)`.
-        `deficit` `(2 d n,)` is what each coordinate loses, at most $(\sqrt{2d}-1)$ times the degree.
+        `deficit` `(2 d n,)` is what each coordinate loses, at most :math:`(\sqrt{2d}-1)` times the degree.
 
     Raises
     ------

@@ -16,7 +16,7 @@ __all__ = ["halmos", "unitary_pair"]
 
 
 def halmos(K: Tensor, *, scale: float | None = None) -> Lift:
-    r"""Write a matrix as $K=c\,P\,Q\,\iota$ with a unitary $Q$.
+    r"""Write a matrix as :math:`K=c\,P\,Q\,\iota` with a unitary :math:`Q`.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ def halmos(K: Tensor, *, scale: float | None = None) -> Lift:
     Notes
     -----
     Source: Halmos 1950, the unitary dilation of a contraction,
-    $Q=\begin{pmatrix}A&(I-AA^*)^{1/2}\\(I-A^*A)^{1/2}&-A^*\end{pmatrix}$ with $A=K/c$. With the singular
-    vectors of `A` both roots are exact, also where a singular value is one.
+    :math:`Q=\begin{pmatrix}A&(I-AA^*)^{1/2}\\(I-A^*A)^{1/2}&-A^*\end{pmatrix}` with :math:`A=K/c`. With the
+    singular vectors of `A` both roots are exact, also where a singular value is one.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def halmos(K: Tensor, *, scale: float | None = None) -> Lift:
 
 
 def unitary_pair(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Write each matrix as $X=\frac c2(U_1+U_2)$ with unitary $U_1,U_2$ and $c=\|X\|$.
+    r"""Write each matrix as :math:`X=\frac c2(U_1+U_2)` with unitary :math:`U_1,U_2` and :math:`c=\|X\|`.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def unitary_pair(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Notes
     -----
-    Source: known. $U_{1,2}=W(\Sigma\pm i\sqrt{1-\Sigma^2})V^*$ for $X/c=W\Sigma V^*$.
+    Source: known. :math:`U_{1,2}=W(\Sigma\pm i\sqrt{1-\Sigma^2})V^*` for :math:`X/c=W\Sigma V^*`.
 
     Examples
     --------

@@ -38,7 +38,7 @@ __all__ = [
 
 
 def sheaf_gauge_trivialise(graph: SheafGraph, potential: Potential, *, stalk: int = 1) -> Lift:
-    r"""Turn a flat connection into none: $\tau_e=g_ug_v^*$ and $\psi=g\psi'$.
+    r"""Turn a flat connection into none: :math:`\tau_e=g_ug_v^*` and :math:`\psi=g\psi'`.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def sheaf_gauge_trivialise(graph: SheafGraph, potential: Potential, *, stalk: in
     Returns
     -------
     Lift
-        `target` is a :class:`Layer` without transport, `lift` is $g^*$. `deficit` is the largest
-        $\|\tau_e-g_ug_v^*\|$ over edges, the holonomy that no gauge removes; `admissible` if that is
+        `target` is a :class:`Layer` without transport, `lift` is :math:`g^*`. `deficit` is the largest
+        :math:`\|\tau_e-g_ug_v^*\|` over edges, the holonomy that no gauge removes; `admissible` if that is
         rounding. `lambda_min` is that of the plain Laplacian with the convexity of the potential.
 
     Notes
@@ -155,7 +155,8 @@ def symmetric_to_sheaf(relaxation: SymmetricEnergy, strength: float) -> Lift:
     Returns
     -------
     Lift
-        `target` is one :class:`Layer` on all nodes, coupled by $-\lambda^{-1/2}K_\ell$ as well; `lift` scales
+        `target` is one :class:`Layer` on all nodes, coupled by :math:`-\lambda^{-1/2}K_\ell` as well;
+        `lift` scales
         layers of states `(B, size)` to states `(B, size, 1)`, `drive` does it with inputs `(B, inputs)`.
         Admissible if the symmetric energy is strongly convex.
 

@@ -43,7 +43,7 @@ class Lift:
     Attributes
     ----------
     target
-        The network that computes the same function: a :class:`Layer`, a resolvent, a supra-graph, a unitary.
+        The network that computes the same function: a layer, a resolvent, a supra-graph, a unitary.
     lift, pull
         States of the source to states of the target, and back: `pull(lift(psi)) == psi`.
     admissible
@@ -86,7 +86,7 @@ def identity(psi: Tensor) -> Tensor:
 
 
 class LiftedPotential(Potential):
-    r"""The potential $\sum_c s\,U(T_c\psi)+\frac12\langle\psi,C\psi\rangle$ that a lift gives to its target.
+    r"""The potential :math:`\sum_c s\,U(T_c\psi)+\frac12\langle\psi,C\psi\rangle` of the target of a lift.
 
     Parameters
     ----------

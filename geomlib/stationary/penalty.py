@@ -1,7 +1,8 @@
 r"""Relaxations of the supra-graph equation that become exact as a penalty grows (arXiv 2507.20088, abstract).
 
-All have the form $\mathbb F(\Psi)+\lambda^{-1}R(\Psi)=0$, so that state, adjoint and gradients are
-$O(\lambda^{-1})$ away from the exact ones, with the first coefficient $-J^{-1}R$. The abstract states the
+All have the form :math:`\mathbb F(\Psi)+\lambda^{-1}R(\Psi)=0`, so that state, adjoint and gradients are
+:math:`O(\lambda^{-1})` away from the exact ones, with the first coefficient :math:`-J^{-1}R`. The abstract
+states the
 convergence; the three penalties, the rate and the coefficient are reconstructed. The residual penalty is the
 quadratic penalty method, stiff copies are auxiliary coordinates, the symmetric energy is a Hopfield network
 whose layers live on scales that part as the penalty grows.
@@ -64,21 +65,22 @@ def ridge(weight: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class ResidualPenalty:
-    r"""P1: minimise $E_0(\Psi)+\frac\lambda2|\mathbb F(\Psi)|^2$.
+    r"""P1: minimise :math:`E_0(\Psi)+\frac\lambda2|\mathbb F(\Psi)|^2`.
 
     Parameters
     ----------
     supra
         The exact system.
     base
-        $E_0$: from states `(B, size)` to `(B,)`, twice differentiable. With the loss itself the multiplier
-        $\lambda\mathbb F$ tends to the adjoint.
+        :math:`E_0`: from states `(B, size)` to `(B,)`, twice differentiable. With the loss itself the
+        multiplier
+        :math:`\lambda\mathbb F` tends to the adjoint.
 
     Notes
     -----
     Source: quadratic penalty theory (Nocedal and Wright 2006, chapter 17) and the method of auxiliary
     coordinates (Carreira-Perpinan and Wang 2014), on the supra-graph (reconstructed, SGN-P1). All is divided
-    by $\lambda$, so that the Hessian tends to $J^\top J$ and its condition number stays bounded.
+    by :math:`\lambda`, so that the Hessian tends to :math:`J^\top J` and its condition number stays bounded.
 
     Examples
     --------
@@ -94,19 +96,19 @@ class ResidualPenalty:
     base: Callable[[Tensor], Tensor]
 
     def energy(self, psi: Tensor, x: Tensor, strength: float) -> Tensor:
-        r"""Return $E_0/\lambda+\frac12|\mathbb F|^2$ of each sample."""
+        r"""Return :math:`E_0/\lambda+\frac12|\mathbb F|^2` of each sample."""
         miss = self.supra.residual(psi, x)
         return self.base(psi) / strength + 0.5 * real_inner(miss, miss)
 
     def gradient(self, psi: Tensor, x: Tensor, strength: float) -> Tensor:
-        r"""Return $\nabla E_0/\lambda+J^\top\mathbb F$, shaped like `psi`."""
+        r"""Return :math:`\nabla E_0/\lambda+J^\top\mathbb F`, shaped like `psi`."""
         pulled = self.supra.vjp(psi, self.supra.residual(psi, x))
         return slope(self.base, psi) / strength + pulled
 
     def hessian_product(
         self, psi: Tensor, x: Tensor, strength: float, direction: Tensor, *, gauss_newton: bool = False
     ) -> Tensor:
-        r"""Return $(\nabla^2E_0/\lambda+J^\top J+\sum_i\mathbb F_i\nabla^2\mathbb F_i)$ `direction`.
+        r"""Return :math:`(\nabla^2E_0/\lambda+J^\top J+\sum_i\mathbb F_i\nabla^2\mathbb F_i)` `direction`.
 
         `gauss_newton` leaves the last term out: positive definite far from the solution as well.
         """
@@ -173,22 +175,23 @@ class ResidualPenalty:
         return conclude(psi, monitor, tol, None, throw=throw, what="penalised state")
 
     def multiplier(self, psi: Tensor, x: Tensor, strength: float) -> Tensor:
-        r"""Return $\lambda\mathbb F(\Psi_\lambda)$, the adjoint in the limit if the base energy is the loss.
+        r"""Return :math:`\lambda\mathbb F(\Psi_\lambda)`, in the limit the adjoint if the base is the loss.
 
-        Rounding enters as $\lambda$ times the rounding of the state: not beyond 1e8 in double precision.
+        Rounding enters as :math:`\lambda` times the rounding of the state: not beyond 1e8 in double
+        precision.
         """
         return strength * self.supra.residual(psi, x)
 
     @torch.no_grad()
     def adjoint(self, psi: Tensor, x: Tensor, strength: float, gradient: Tensor) -> Tensor:
-        r"""Return $p_\lambda=\lambda J(\Psi_\lambda)q$, with $q$ from the linearised relaxation."""
+        r"""Return :math:`p_\lambda=\lambda J(\Psi_\lambda)q`, `q` from the linearised relaxation."""
         check_strength(strength)
         q = refined(partial(self._product, strength), (psi, x), -gradient)
         return self.supra.jvp(psi, q)
 
     @torch.no_grad()
     def perturbation(self, psi: Tensor, x: Tensor) -> Tensor:
-        r"""Return $R=J^{-\top}\nabla E_0$."""
+        r"""Return :math:`R=J^{-\top}\nabla E_0`."""
         return -self.supra.adjoint(psi, slope(self.base, psi))
 
     def _product(
@@ -198,7 +201,7 @@ class ResidualPenalty:
 
 
 def first_order(relaxation: Relaxation, psi: Tensor, x: Tensor) -> Tensor:
-    r"""Return $-J^{-1}R(\Psi^\star)$: $\Psi_\lambda=\Psi^\star+\lambda^{-1}$ times this $+O(\lambda^{-2})$.
+    r"""Return :math:`-J^{-1}R(\Psi^\star)`, the coefficient of :math:`1/\lambda` in the state of the penalty.
 
     Parameters
     ----------
@@ -209,7 +212,7 @@ def first_order(relaxation: Relaxation, psi: Tensor, x: Tensor) -> Tensor:
 
     Notes
     -----
-    Source: reconstructed (SGN-P0), the implicit function theorem at $\lambda=\infty$.
+    Source: reconstructed (SGN-P0), the implicit function theorem at :math:`\lambda=\infty`.
 
     Examples
     --------
@@ -263,7 +266,7 @@ def continuation(
 
 
 def richardson(once: Tensor, twice: Tensor) -> Tensor:
-    r"""Extrapolate states or adjoints from the penalties $\lambda$ and $2\lambda$, to $O(\lambda^{-2})$.
+    r"""Extrapolate states or adjoints from two penalties, the second twice the first, to second order.
 
     Examples
     --------

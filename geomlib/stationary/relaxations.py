@@ -1,7 +1,8 @@
 r"""Two relaxations of the supra-graph in the form of graphs: stiff copies and one symmetric energy.
 
 Beside the residual penalty these are the other two ways of softening the equations of a stack, with the same
-rate $1/\lambda$ (arXiv 2507.20088 claims the convergence of a penalised global relaxation; both forms are
+rate :math:`1/\lambda` (arXiv 2507.20088 claims the convergence of a penalised global relaxation; both forms
+are
 reconstructed). See `penalty` for what the three share.
 """
 
@@ -29,9 +30,10 @@ __all__ = ["StiffCopies", "SymmetricEnergy", "convexity_threshold"]
 
 @dataclass(frozen=True)
 class StiffCopies:
-    r"""P2: each layer reads a copy of its predecessor, tied to it by supra-edges of weight $\lambda$.
+    r"""P2: each layer reads a copy of its predecessor, tied to it by supra-edges of weight :math:`\lambda`.
 
-    The copy solves $A\chi+\lambda(\chi-\psi_{\ell-1})=0$ with $A=L_{\ell-1}+I$ on the predecessor's graph:
+    The copy solves :math:`A\chi+\lambda(\chi-\psi_{\ell-1})=0` with :math:`A=L_{\ell-1}+I` on the
+    predecessor's graph:
     one more stationary layer, and the whole one more supra-graph. The input is read as it is.
 
     Parameters
@@ -94,7 +96,7 @@ class StiffCopies:
         return self._layers(whole, whole.adjoint(self._padded(psi), self._padded(gradient)))
 
     def perturbation(self, psi: Tensor, x: Tensor) -> Tensor:
-        r"""Return $R_\ell=K_\ell A\psi_{\ell-1}$, zero for the first layer."""
+        r"""Return :math:`R_\ell=K_\ell A\psi_{\ell-1}`, zero for the first layer."""
         states = self.supra.split(psi)
         moved = [torch.zeros_like(states[0])]
         for place in range(1, len(states)):
@@ -115,12 +117,12 @@ class StiffCopies:
 
 @dataclass(frozen=True)
 class SymmetricEnergy:
-    r"""P3: minimise $\sum_\ell\lambda^{-\ell}\Phi_\ell(\psi_\ell;\psi_{\ell-1})$, one energy for all layers.
+    r"""P3: minimise :math:`\sum_\ell\lambda^{-\ell}\Phi_\ell(\psi_\ell;\psi_{\ell-1})`, one energy for all.
 
     Edges between layers are symmetric now: a layer feels a reaction
-    $\lambda^{-1}K_{\ell+1}^*\psi_{\ell+1}$ of the next. Strongly convex for
-    $\lambda>4\kappa_K^2/\mu^2$ (:func:`convexity_threshold`); at
-    $\lambda=1$ it is the plain symmetric coupling, whose minimiser is not the forward pass.
+    :math:`\lambda^{-1}K_{\ell+1}^*\psi_{\ell+1}` of the next. Strongly convex for
+    :math:`\lambda>4\kappa_K^2/\mu^2` (:func:`convexity_threshold`); at
+    :math:`\lambda=1` it is the plain symmetric coupling, whose minimiser is not the forward pass.
 
     Parameters
     ----------
@@ -130,8 +132,8 @@ class SymmetricEnergy:
     Notes
     -----
     Source: reconstructed (SGN-P3), in the spirit of equilibrium propagation (Scellier and Bengio 2017).
-    Solved in the unknowns $\lambda^{-\ell/2}\psi_\ell$, in which the Hessian is symmetric with blocks
-    $-\lambda^{-1/2}K_\ell$ beside the diagonal.
+    Solved in the unknowns :math:`\lambda^{-\ell/2}\psi_\ell`, in which the Hessian is symmetric with blocks
+    :math:`-\lambda^{-1/2}K_\ell` beside the diagonal.
 
     Examples
     --------
@@ -223,13 +225,13 @@ class SymmetricEnergy:
         return scale * refined(partial(self._product, strength), (psi, x), -gradient / scale)
 
     def perturbation(self, psi: Tensor, x: Tensor) -> Tensor:
-        r"""Return $R_\ell=-K_{\ell+1}^*\psi_{\ell+1}$, zero for the last layer."""
+        r"""Return :math:`R_\ell=-K_{\ell+1}^*\psi_{\ell+1}`, zero for the last layer."""
         states = self.supra.split(psi)
         pulled = [self.supra.backward(place, state) for place, state in enumerate(states) if place]
         return self.supra.join([*(-part for part in pulled), torch.zeros_like(states[-1])])
 
     def scale(self, strength: float) -> Tensor:
-        r"""Return $\lambda^{-(\ell-1)/2}$ , in whose units it is symmetric, `(size,)`."""
+        r"""Return :math:`\lambda^{-(\ell-1)/2}` , in whose units it is symmetric, `(size,)`."""
         sizes = torch.tensor(self.supra.sizes)
         powers = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.supra.maps[0].real.dtype)
         return (float(strength) ** (-powers / 2)).to(self.supra.maps[0].device)
@@ -243,7 +245,7 @@ class SymmetricEnergy:
 
 
 def convexity_threshold(mu: float, norm: float) -> float:
-    r"""Return $\lambda_0=4\kappa_K^2/\mu^2$, beyond which :class:`SymmetricEnergy` is strongly convex.
+    r"""Return :math:`\lambda_0=4\kappa_K^2/\mu^2`, beyond which :class:`SymmetricEnergy` is strongly convex.
 
     Parameters
     ----------

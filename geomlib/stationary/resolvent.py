@@ -1,6 +1,6 @@
 r"""Resolvents of monotone operators, and stationary layers read as resolvents and back (arXiv 2507.20088).
 
-A network of resolvents applies $J_A=(I+A)^{-1}$ after each affine map (Combettes and Pesquet 2020). A
+A network of resolvents applies :math:`J_A=(I+A)^{-1}` after each affine map (Combettes and Pesquet 2020). A
 stationary layer is one, and a resolvent with a Hermitian linear part is a layer on a sheaf with phases. That
 the classes coincide is the paper's claim; the constructions are reconstructed.
 """
@@ -26,12 +26,12 @@ __all__ = ["Resolvent", "graph_to_resolvent", "resolvent_to_sheaf"]
 
 @dataclass(frozen=True)
 class Resolvent:
-    r"""The map $q\mapsto z$ with $z+Mz+\nabla\varphi(z)=q$: the resolvent of a monotone operator.
+    r"""The map :math:`q\mapsto z` with :math:`z+Mz+\nabla\varphi(z)=q`: the resolvent of a monotone operator.
 
     Parameters
     ----------
     matrix
-        `M`, Hermitian `(n d, n d)`, with $I+M$ positive definite.
+        `M`, Hermitian `(n d, n d)`, with :math:`I+M` positive definite.
     potential
         `phi`, convex, local, with a proximity operator.
     shape
@@ -87,7 +87,7 @@ class Resolvent:
         start
             Where the iteration starts, zero by default; the limit does not depend on it.
         tol
-            Of $|z+Mz+\nabla\varphi(z)-q|$ relative to `q`.
+            Of :math:`|z+Mz+\nabla\varphi(z)-q|` relative to `q`.
         max_steps, throw
             As in `solve_stationary`.
         """
@@ -120,12 +120,12 @@ class Resolvent:
 
 
 def graph_to_resolvent(graph: SheafGraph, potential: Potential, *, stalk: int = 1, mu: float) -> Lift:
-    r"""Read a stationary layer as a resolvent: $\psi^\star(f)=J_A(f/\mu)$, $A=(F_0-\mu)/\mu$.
+    r"""Read a stationary layer as a resolvent: :math:`\psi^\star(f)=J_A(f/\mu)`, :math:`A=(F_0-\mu)/\mu`.
 
     Parameters
     ----------
     graph, potential
-        The layer; $F_0$ is its residual without drive.
+        The layer; :math:`F_0` is its residual without drive.
     stalk
         `d`.
     mu

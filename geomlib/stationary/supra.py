@@ -1,10 +1,10 @@
 r"""A stack of stationary layers as one stationary equation on a supra-graph (arXiv 2507.20088, abstract).
 
 Node sets of all layers stand side by side; inside a layer the edges are those of its graph, between layers
-the maps $K_\ell$ are directed edges. The residual
-$\mathbb F(\Psi)_\ell=F_\ell(\psi_\ell;K_\ell\psi_{\ell-1}+b_\ell)$ has a block lower bidiagonal
-derivative $J$, so one forward substitution solves it, and back-propagation is
-$J^\top p=-\nabla\ell$. The equations of the paper's body were not readable; these are reconstructed.
+the maps :math:`K_\ell` are directed edges. The residual
+:math:`\mathbb F(\Psi)_\ell=F_\ell(\psi_\ell;K_\ell\psi_{\ell-1}+b_\ell)` has a block lower bidiagonal
+derivative :math:`J`, so one forward substitution solves it, and back-propagation is
+:math:`J^\top p=-\nabla\ell`. The equations of the paper's body were not readable; these are reconstructed.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ class SupraGraph:
         r"""Solve all layers at once by Newton's method on the whole system, from `start` or from zero.
 
         `J` is invertible everywhere under strong monotonicity, so that Newton steps which are halved until
-        $|\mathbb F|^2$ shrinks arrive from any start.
+        :math:`|\mathbb F|^2` shrinks arrive from any start.
 
         Parameters
         ----------
@@ -281,7 +281,7 @@ class SupraGraph:
         path
             `"dense"`, `"sparse"` (one sparse LU factorisation per sample and step) or `"auto"`.
         tol
-            Of $|J^\top\mathbb F|$ relative to the drive.
+            Of :math:`|J^\top\mathbb F|` relative to the drive.
         max_steps, throw
             As in `solve_stationary`.
         """
@@ -310,7 +310,7 @@ class SupraGraph:
 
     @torch.no_grad()
     def adjoint(self, psi: Tensor, gradient: Tensor) -> Tensor:
-        r"""Solve $J^\top p=-\nabla\ell$ from the last layer to the first: implicit back-propagation.
+        r"""Solve :math:`J^\top p=-\nabla\ell` from the last layer to the first: implicit back-propagation.
 
         Parameters
         ----------
