@@ -19,6 +19,7 @@ WITH_TEXT = re.compile(r"^(.*?)\s*<([^<>]+)>$", re.DOTALL)
 LINK = re.compile(r"(?<!\\)(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 LABEL = re.compile(r"^\(([\w:.-]+)\)=\s*$")
 # On the line of the closing dollars: what opens a formula may begin with parentheses too.
+FIGURE = re.compile(r"^ +name: (fig-[\w-]+)$")  # in the header of a cell
 EQUATION = re.compile(r"\$\$[ \t]*\(([\w:.-]+)\)")
 WRAPPERS = {"exercise-end", "solution-end"}
 
@@ -55,8 +56,13 @@ def targets() -> dict[str, Target]:
     """Return what every label of the book names."""
     found: dict[str, Target] = {}
     for page, text in pages():
-        equations, pending, heading = 0, "", ""
+        equations, pending, heading, section, code = 0, "", "", "", False
         for line in text.splitlines():
+            code = line.startswith("```{code-cell}") or (code and line != "```")
+            if not code and line.startswith("#"):
+                section = line.lstrip("# ")
+            if code and (match := FIGURE.match(line)):
+                found[match[1]] = Target(page, f"the figure of “{section}”")
             if match := LABEL.match(line):
                 pending = match[1]
             elif pending and line.startswith("#"):
