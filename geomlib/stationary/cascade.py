@@ -22,7 +22,7 @@ def monotonicity(supra: SupraGraph, psi: Tensor, epsilon: float = 1.0) -> Tensor
 
     Parameters
     ----------
-    supra
+    supra : SupraGraph
         The system.
     psi
         States `(B, size)`.
@@ -113,7 +113,7 @@ def supra_flow(
 
     Parameters
     ----------
-    supra
+    supra : SupraGraph
         The system. Real states follow :math:`\dot\Psi=-\gamma\mathbb F`.
     x
         Input `(B, inputs)`.

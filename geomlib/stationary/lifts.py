@@ -42,20 +42,20 @@ class Lift:
 
     Attributes
     ----------
-    target
+    target : object
         The network that computes the same function: a layer, a resolvent, a supra-graph, a unitary.
-    lift, pull
+    lift, pull : callable
         States of the source to states of the target, and back: `pull(lift(psi)) == psi`.
-    admissible
+    admissible : bool
         Whether the target is strongly monotone on all of its state space. If it is not, the lifted state is
         *an* equilibrium of the target, but not the one that a solver has to find.
-    lambda_min
+    lambda_min : float
         Smallest eigenvalue of the target's linear part with the lower bound of its potential; NaN where the
         notion does not apply.
-    deficit
+    deficit : Tensor
         What the lift has to pay: per node, the degree that is taken off the potential, or the holonomy that
         stays. Zero where the lift is free.
-    drive
+    drive : callable
         Drives of the source to drives of the target; `lift` if they are carried like states.
 
     Notes

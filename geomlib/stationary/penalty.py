@@ -69,7 +69,7 @@ class ResidualPenalty:
 
     Parameters
     ----------
-    supra
+    supra : SupraGraph
         The exact system.
     base
         :math:`E_0`: from states `(B, size)` to `(B,)`, twice differentiable. With the loss itself the

@@ -38,7 +38,7 @@ class StiffCopies:
 
     Parameters
     ----------
-    supra
+    supra : SupraGraph
         The exact system.
 
     Notes
@@ -126,7 +126,7 @@ class SymmetricEnergy:
 
     Parameters
     ----------
-    supra
+    supra : SupraGraph
         The exact system.
 
     Notes
